@@ -1,0 +1,43 @@
+# Each target sets up .venv when it is missing. PYTHON=python3.12 picks another Python (3.10 or newer).
+# PIP_ARGS reaches pip, for example PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
+# for the small CPU build of PyTorch on Linux.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test lab docs bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## / \t/'
+
+.venv/made: 
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "tinylm needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/run: .venv/made settings.ini setup.py constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e .
+	@touch $@
+
+.venv/dev: .venv/made settings.ini setup.py constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@ .venv/run
+
+demo: .venv/run  ## from nothing to a told story in under three minutes
+	$(BIN)/tinylm train
+
+test: .venv/dev  ## run every notebook and every test
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest
+
+lab: .venv/dev  ## open the chapters in JupyterLab
+	$(BIN)/jupyter lab nbs
+
+docs: .venv/dev  ## build the site into _docs (Quarto if it is on PATH, else a stand-in)
+	$(BIN)/python tests/site.py
+
+bench: .venv/dev  ## measure tinylm beside other tools
+	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
+
+clean:  ## remove everything that was built, .venv included
+	rm -rf .venv _docs _proc .quarto build dist *.egg-info runs
