@@ -1,0 +1,135 @@
+"""What Quarto shows of a chapter: the notebook's JSON on standard input, the page's JSON on standard output.
+
+nbdev does the work: it hides directives and adds a signature, a parameter table and a link to the source after each
+public definition. Around it, this script keeps the introduction (nbdev drops what shares a cell with the title),
+adds the line that opens the chapter in Colab, and points links between chapters at their notebooks, as Quarto wants.
+"""
+import contextlib
+import inspect
+import json
+import re
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import nbdev.showdoc
+from execnb.nbio import dict2nb, mk_cell
+from nbdev.config import get_config
+from nbdev.doclinks import _nbpath2html
+from nbdev.processors import FilterDefaults
+from fastcore.docments import docments
+
+COLAB = ("[Open in Colab](https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/nbs/{name}); "
+         "there, run `%pip install git+{git_url}` first.")
+
+
+class ShowDoc(nbdev.showdoc.BasicMarkdownRenderer):
+    "The documentation of one public name: a link to its source, the call in short, docstring, table of parameters."
+
+    def _repr_markdown_(self) -> str:
+        source = nbdev.showdoc.NbdevLookup().code(self.fn)
+        link = f'[source]({source}){{style="float:right; font-size:smaller"}}' if source else ""
+        call = f"```python\n{short_call(self.nm, self.sym)}\n```"
+        return "\n\n".join(["---", link, f"### {self.nm}", call, self.docs or "", parameter_table(self.sym)])
+
+
+def short_call(name: str, sym: object) -> str:
+    "How to call it; the types are in the table."
+    try:
+        parameters = inspect.signature(sym).parameters.values()
+    except ValueError:
+        parameters = []
+    call = inspect.Signature([p.replace(annotation=p.empty) for p in parameters if p.kind is not p.VAR_KEYWORD])
+    return textwrap.fill(f"{name}{call}", 88, subsequent_indent="    ", break_long_words=False)
+
+
+def parameter_table(sym: object) -> str:
+    "What each parameter means, read from the comments beside it."
+    empty = inspect.Parameter.empty
+    table = []
+    for name, d in docments(sym, full=True).items():
+        if d.docment:
+            kind = d.anno.__name__ if type(d.anno) is type else inspect.formatannotation(d.anno).strip("'")
+            kind = "" if d.anno is empty else "`" + re.sub(r"\b(?:\w+\.)+", "", kind) + "`"
+            default = "" if d.get("default", empty) is empty else f"`{d.default!r}`"
+            name = "**returns**" if name == "return" else f"`{name}`"
+            table.append([name, kind, default, " ".join(d.docment.split())])
+    if not table:
+        return ""
+    keep = [any(column) for column in zip(*table, strict=True)]
+    table = [["", "Type", "Default", "Meaning"], ["---"] * 4, *table]
+    rows = [[c.replace("|", r"\|") for c, k in zip(row, keep, strict=True) if k] for row in table]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def split_title(source: str) -> tuple[str, str]:
+    "Part the first cell into its title with the promise (on one line each) and its introduction."
+    found = re.match(r"\s*(# .*)\n+((?:>.*\n?)*)", source)
+    if not found:
+        return source, ""
+    title, promise = found.groups()
+    promise = " ".join(line.lstrip("> ") for line in promise.splitlines())
+    return f"{title}\n\n> {promise}" if promise else title, source[found.end():].strip()
+
+
+def link_chapters(text: str, site: str, chapters: dict[str, str]) -> str:
+    "Point nbdev's links to this site at the notebooks; a method is documented with its class, a helper nowhere."
+    def link(found: re.Match) -> str:
+        label, page, anchor = found.groups()
+        if page not in chapters or anchor.startswith("_"):
+            return label
+        return f"[{label}]({chapters[page]}#{anchor.split('.')[0]})"
+
+    return re.sub(rf"\[(`[^`]+`)\]\({re.escape(site)}/(\w+\.html)#([^)]*)\)", link, text)
+
+
+def page(notebook: dict, path: Path) -> dict:
+    "Turn the notebook at `path` into what its page shows."
+    config = get_config(path=path.parent.parent)
+    title, introduction = split_title("".join(notebook["cells"][0]["source"]))
+    nb = dict2nb(notebook)
+    nb.path_ = path
+    nb.cells[0].source = title
+    colab = COLAB.format(**{k: config[k] for k in ("user", "repo", "branch", "git_url")}, name=path.name)
+    nb.cells.insert(1, mk_cell(f"{introduction}\n\n{colab}", "markdown"))
+    for i, cell in enumerate(nb.cells):
+        cell.idx_ = i
+    FilterDefaults()(nb)
+
+    chapters = {_nbpath2html(p).name: p.name for p in path.parent.glob("*.ipynb")}
+    site = f"{config.doc_host}{config.doc_baseurl}"
+    for cell in nb.cells:
+        for k in [k for k in cell if k.endswith("_")]:
+            del cell[k]
+        if "show_doc(" in cell.source and not cell.get("outputs"):
+            sys.exit(f"{path}: no documentation came of {cell.source}")
+        if cell.cell_type != "code":
+            cell.source = link_chapters(cell.source, site, chapters)
+        for output in cell.get("outputs", []):
+            shown = output.get("data", {})
+            if "text/markdown" in shown:
+                shown["text/markdown"] = link_chapters("".join(shown["text/markdown"]), site, chapters)
+    nb.cells[0].source = re.sub(r"^output-file:.*\n", "", nb.cells[0].source, flags=re.MULTILINE)
+    return {k: nb[k] for k in ("cells", "metadata", "nbformat", "nbformat_minor")}
+
+
+def main() -> None:
+    sys.stdin.reconfigure(encoding="utf-8")
+    sys.stdout.reconfigure(encoding="utf-8")
+    notebook = json.load(sys.stdin)
+    sources = [c["source"] for c in notebook["cells"]]
+    for path in Path.cwd().glob("*.ipynb"):
+        if [c["source"] for c in json.loads(path.read_text(encoding="utf-8"))["cells"]] == sources:
+            break
+    else:
+        sys.exit("this notebook is in no file of the folder")
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found cells containing imports")  # plt.style.use belongs to them
+        nbdev.showdoc.BasicMarkdownRenderer = ShowDoc
+        result = page(notebook, path)
+    json.dump(result, sys.stdout, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    main()

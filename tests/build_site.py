@@ -1,0 +1,84 @@
+"""Build the site into _docs: with Quarto where it is on PATH, else with a stand-in, so that it can be read and tested.
+
+The stand-in is smalldocs (pure Python, from PyPI). It reads _quarto.yml, but runs no notebook filter, compiles no Sass
+and leaves maths to a CDN. So it gets a copy of the project with filtered notebooks, and what it built is mended after.
+"""
+import html
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
+from latex2mathml.converter import convert
+
+ROOT = Path(__file__).parent.parent
+INDEX = '<meta charset="utf-8"><title>tinylm</title><meta http-equiv="refresh" content="0; url=README.html">\n'
+
+
+def build(root: Path = ROOT) -> Path:
+    "Build the site of the project in `root`; returns the folder of the site."
+    out = root / "_docs"
+    if shutil.which("quarto"):
+        subprocess.run(["quarto", "render"], cwd=root, env=os.environ | {"QUARTO_PYTHON": sys.executable}, check=True)
+    else:
+        stand_in(root, out)
+    if not (out / "index.html").exists():
+        (out / "index.html").write_text(INDEX, encoding="utf-8")
+    return out
+
+
+def stand_in(root: Path, out: Path) -> None:
+    "Build with smalldocs from a copy of the project whose notebooks went through the filter."
+    with tempfile.TemporaryDirectory() as tmp:
+        copy = Path(tmp)
+        shutil.copy(root / "README.md", copy)
+        config = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))
+        del config["execute"], config["ipynb-filters"], config["format"]["html"]["html-math-method"]
+        theme = config["format"]["html"]["theme"]
+        config["format"]["html"]["theme"] = {mode: names[0] for mode, names in theme.items()}
+        (copy / "_quarto.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        (copy / "nbs").mkdir()
+        with ThreadPoolExecutor(2) as pool:
+            notebooks = sorted((root / "nbs").glob("*.ipynb"))
+            for path, page in zip(notebooks, pool.map(filtered, notebooks), strict=True):
+                (copy / "nbs" / path.name).write_bytes(page)
+        subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", tmp], check=True)
+        mend(copy / "_docs")
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(copy / "_docs", out)
+
+
+def mend(site: Path) -> None:
+    "Do what Quarto does by itself: maths as MathML, nothing from a CDN."
+    def mathml(found: re.Match) -> str:
+        return convert(html.unescape(found[2]), display="block" if found[1] == "[" else "inline")
+
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        text = re.sub(r"\\([(\[])(.+?)\\[)\]](?=</span>)", mathml, text, flags=re.DOTALL)
+        text = re.sub(r'<link [^>]*katex[^>]*>|<script [^>]*katex[^>]*></script>', "", text)
+        path.write_text(text, encoding="utf-8")
+    for path in site.rglob("*.css"):
+        text = re.sub(r"@import url\(https:[^)]*\);?", "", path.read_text(encoding="utf-8"))
+        path.write_text(text, encoding="utf-8")
+
+
+def filtered(path: Path) -> bytes:
+    "What the notebook filter makes of a notebook, run as Quarto runs it."
+    command = [sys.executable, "_filter.py"]
+    result = subprocess.run(command, input=path.read_bytes(), cwd=path.parent, capture_output=True)
+    if result.returncode:
+        raise SystemExit(f"{path}: the filter failed\n{result.stderr.decode()}")
+    return result.stdout
+
+
+if __name__ == "__main__":
+    site = build()
+    print(f"The site is in {site}: open {site / 'index.html'}")
+    if not shutil.which("quarto"):
+        print("Quarto is not on PATH, so this is a stand-in; for the real one see https://quarto.org/docs/download/")
