@@ -1,0 +1,227 @@
+"""Generation: the cached path against a naive one, batches, the sliding window, filters against transformers' own."""
+import pytest
+import torch
+
+from tinylm.data import InputError
+from tinylm.generate import (
+    KVCache,
+    generate,
+    keep_top_k,
+    keep_top_p,
+    next_token_probs,
+    pick_token,
+    start_ids,
+    stream,
+    stream_text,
+    temper,
+    window_start,
+)
+from tinylm.model import ModelConfig, TransformerLM
+from tinylm.tokenizer import Tokenizer
+
+SMALL = dict(vocab_size=300, context_length=16, d_model=32, num_layers=2, num_heads=4, d_ff=64)
+
+
+def model_of(**kw):
+    return TransformerLM(ModelConfig(**{**SMALL, **kw}))
+
+
+def naive(model, ids, num, seed, **choice):
+    "Run the whole window for each token; know nothing of caches or rows."
+    ids, new, g = list(ids), [], torch.Generator().manual_seed(seed)
+    for _ in range(num):
+        window = ids[window_start(len(ids), model.config.context_length):]
+        with torch.inference_mode():
+            probs = next_token_probs(model(torch.tensor([window]))[:, -1], **choice)
+        new.append(pick_token(probs, torch.rand(1, generator=g, dtype=torch.float64)).item())
+        ids.append(new[-1])
+    return new
+
+
+VARIANTS = [{}, {"norm": "post"}, {"norm": "none"}, {"use_rope": False}, {"ffn": "silu"}, {"context_length": 1},
+            {"context_length": 7}]
+
+
+@pytest.mark.parametrize("kw", VARIANTS, ids=str)
+def test_cached_equals_naive_past_the_context(kw):
+    model = model_of(**kw)
+    for choice in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 40, "top_p": 0.9}):
+        assert generate(model, [5, 9, 2], 50, seed=7, **choice) == naive(model, [5, 9, 2], 50, 7, **choice)
+
+
+@pytest.mark.parametrize("kw", VARIANTS, ids=str)
+def test_cached_logits_equal_full_forward(kw):
+    model = model_of(**kw).double()
+    length = model.config.context_length
+    ids = torch.randint(300, (3, length), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        full, caches = model(ids), [KVCache(length) for _ in model.layers]
+        for t in range(length):
+            one = model(ids[:, t:t + 1], token_positions=torch.tensor([t]), caches=caches)
+            torch.testing.assert_close(one[:, 0], full[:, t], atol=1e-11, rtol=1e-11)
+
+
+def test_ragged_batch_equals_each_row_alone():
+    model = model_of()
+    prompts = [[1, 2, 3], [4], list(range(40)), [7] * 16, [8] * 17]
+    batch = generate(model, prompts, 45, seed=100)
+    for r, prompt in enumerate(prompts):
+        assert batch[r] == generate(model, prompt, 45, seed=100 + r) == generate(model, [prompt], 45, seed=100 + r)[0]
+
+
+def test_one_row_cannot_change_another():
+    model = model_of()
+    a = generate(model, [[1, 2, 3], [4, 5, 6]], 40, seed=0)
+    b = generate(model, [[1, 2, 3], [99, 98, 97]], 40, seed=0)
+    assert a[0] == b[0] and a[1] != b[1]
+    same = generate(model, [[1, 2, 3]] * 3, 40, seed=0)
+    assert same[0] == a[0] and same[0] != same[1] != same[2]
+
+
+def test_stop_in_a_batch_ends_that_row_alone():
+    model = model_of()
+    free = generate(model, [[1], [2], [3, 4]], 30, seed=5)
+    stop = free[1][6]
+    stopped = generate(model, [[1], [2], [3, 4]], 30, seed=5, stop_id=stop)
+    for row, whole in zip(stopped, free, strict=True):
+        assert row == (whole[:whole.index(stop)] if stop in whole else whole)
+    assert len(stopped[1]) <= 6
+
+
+def test_stop_id_zero_is_a_stop():
+    model = model_of(vocab_size=20)
+    free = generate(model, [1], 200, seed=3)
+    assert generate(model, [1], 200, seed=3, stop_id=0) == free[:free.index(0)]
+
+
+def test_continuing_equals_writing_at_once():
+    model = model_of()
+    whole = generate(model, [1, 2], 60, temperature=0)
+    for cut in (1, 13, 14, 15, 22, 23, 40):
+        assert whole[cut:] == generate(model, [1, 2] + whole[:cut], 60 - cut, temperature=0)
+
+
+def test_stream_is_lazy_and_equals_generate(monkeypatch):
+    model, calls = model_of(), []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    ids = stream(model, [1, 2, 3], 20, seed=1)
+    first = [next(ids), next(ids)]
+    assert len(calls) == 2
+    assert first + list(ids) == generate(model, [1, 2, 3], 20, seed=1)
+
+
+def test_each_token_is_read_once(monkeypatch):
+    model, widths = model_of(), []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, *a, **k: widths.append(ids.shape[1]) or forward(ids, *a, **k))
+    generate(model, [1, 2, 3], 13)
+    assert widths == [3] + [1] * 12
+    widths.clear()
+    generate(model, [1] * 16, 3)  # the window slides after 16: 9 tokens are read again, then one by one
+    assert widths == [16, 9, 1]
+
+
+def test_inference_mode_does_not_leak_to_the_reader_of_a_stream():
+    ids = stream(model_of(), [1], 3)
+    next(ids)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_global_random_state_is_untouched():
+    model = model_of()
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    a = generate(model, [1], 10, seed=2)
+    assert torch.equal(before, torch.random.get_rng_state())
+    torch.manual_seed(99)
+    assert generate(model, [1], 10, seed=2) == a
+
+
+BAD = [
+    (dict(temperature=-0.1), "temperature"), (dict(temperature=float("nan")), "temperature"),
+    (dict(temperature=float("inf")), "temperature"), (dict(top_p=0.0), "top_p"), (dict(top_p=1.01), "top_p"),
+    (dict(top_p=float("nan")), "top_p"), (dict(top_k=0), "top_k"), (dict(top_k=-3), "top_k"),
+    (dict(max_new_tokens=-1), "max_new_tokens"), (dict(prompt_ids=[]), "empty"), (dict(prompt_ids=[[1], []]), "empty"),
+    (dict(prompt_ids=[300]), "0 to 299"), (dict(prompt_ids=[[1], [2, -1]]), "token id -1"),
+]
+
+
+@pytest.mark.parametrize("bad, word", BAD, ids=str)
+def test_bad_values_are_refused_in_one_line_before_any_work(bad, word):
+    settings = {"prompt_ids": [1], "max_new_tokens": 3, **bad}
+    for call in (generate, stream):
+        if call is stream and isinstance(settings["prompt_ids"][:1], list) and any(
+                isinstance(x, list) for x in settings["prompt_ids"]):
+            continue
+        with pytest.raises(InputError) as caught:
+            call(model_of(), **settings)  # stream complains at once, not at the first token
+        assert word in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_diverged_model_is_named():
+    model = model_of()
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        generate(model, [1], 3)
+
+
+def test_cache_refuses_to_overflow():
+    cache = KVCache(3)
+    cache.append(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2))
+    with pytest.raises(ValueError, match="3 positions"):
+        cache.append(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2))
+    cache.clear()
+    assert cache.append(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2))[0].shape == (1, 1, 1, 2)
+
+
+def test_filters_equal_those_of_transformers():
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = 4 * torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    for t in (0.3, 1.0, 1.7):
+        theirs = process.TemperatureLogitsWarper(t)(None, logits)
+        torch.testing.assert_close(temper(logits, t), theirs.softmax(-1), atol=1e-6, rtol=1e-5)
+        for k in (1, 5, 64):
+            after_k = process.TopKLogitsWarper(k)(None, theirs)
+            torch.testing.assert_close(keep_top_k(temper(logits, t), k), after_k.softmax(-1), atol=1e-6, rtol=1e-5)
+            for p in (0.05, 0.5, 0.95):
+                both = process.TopPLogitsWarper(p)(None, after_k).softmax(-1)
+                torch.testing.assert_close(next_token_probs(logits, t, k, p), both, atol=1e-6, rtol=1e-5)
+
+
+def test_pick_never_takes_the_impossible():
+    probs = keep_top_p(torch.full((1, 1000), 1 / 1000), 0.25)
+    u = torch.cat([torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64), torch.rand(5000, dtype=torch.float64)])
+    assert (probs[0][pick_token(probs.expand(len(u), -1), u)] > 0).all()
+
+
+def test_half_precision_model_generates():
+    assert len(generate(model_of().bfloat16(), [1, 2], 20)) == 20
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer():
+    return Tokenizer({i: bytes([i]) for i in range(256)} | {256: b"<|endoftext|>"}, [], ["<|endoftext|>"])
+
+
+def test_streamed_text_holds_back_unfinished_characters(bytes_tokenizer):
+    text = "né 🦊 漢字"
+    pieces = list(stream_text(bytes_tokenizer, bytes_tokenizer.encode(text)))
+    assert pieces == list(text)
+
+
+@pytest.mark.parametrize("raw", [b"a\xf0\x9f", b"\xff\xfeb", b"\xf0\x9f\xf0\x9f\xa6\x8a", b"\x80", b""])
+def test_streamed_text_equals_decode_on_broken_bytes(bytes_tokenizer, raw):
+    assert "".join(stream_text(bytes_tokenizer, raw)) == bytes_tokenizer.decode(list(raw))
+
+
+def test_an_id_that_the_tokenizer_lacks_is_shown_as_unknown(bytes_tokenizer):
+    assert "".join(stream_text(bytes_tokenizer, [65, 5000, 66])) == "A\ufffdB"
+
+
+def test_a_story_starts_after_end_of_text(bytes_tokenizer):
+    assert start_ids(bytes_tokenizer, "Hi") == [256, 72, 105]
+    assert start_ids(bytes_tokenizer) == [256]
+    plain = Tokenizer({i: bytes([i]) for i in range(256)}, [])
+    assert start_ids(plain, "Hi") == [72, 105]
