@@ -10,15 +10,14 @@ import json
 import re
 import sys
 import textwrap
-import warnings
 from pathlib import Path
 
+import nbdev.processors
 import nbdev.showdoc
-from execnb.nbio import dict2nb, mk_cell
+from execnb.nbio import NbCell, dict2nb, mk_cell
+from fastcore.docments import docments
 from nbdev.config import get_config
 from nbdev.doclinks import _nbpath2html
-from nbdev.processors import FilterDefaults
-from fastcore.docments import docments
 
 COLAB = ("[Open in Colab](https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/nbs/{name}); "
          "there, run `%pip install git+{git_url}` first.")
@@ -35,7 +34,7 @@ class ShowDoc(nbdev.showdoc.BasicMarkdownRenderer):
 
 
 def short_call(name: str, sym: object) -> str:
-    "How to call it; the types are in the table."
+    "How to call it, with the defaults; the types are in the table."
     try:
         parameters = inspect.signature(sym).parameters.values()
     except ValueError:
@@ -46,21 +45,21 @@ def short_call(name: str, sym: object) -> str:
 
 def parameter_table(sym: object) -> str:
     "What each parameter means, read from the comments beside it."
-    empty = inspect.Parameter.empty
-    table = []
+    rows = []
     for name, d in docments(sym, full=True).items():
         if d.docment:
             kind = d.anno.__name__ if type(d.anno) is type else inspect.formatannotation(d.anno).strip("'")
-            kind = "" if d.anno is empty else "`" + re.sub(r"\b(?:\w+\.)+", "", kind) + "`"
-            default = "" if d.get("default", empty) is empty else f"`{d.default!r}`"
+            kind = "" if d.anno is inspect.Parameter.empty else "`" + re.sub(r"\b(?:\w+\.)+", "", kind) + "`"
             name = "**returns**" if name == "return" else f"`{name}`"
-            table.append([name, kind, default, " ".join(d.docment.split())])
-    if not table:
-        return ""
-    keep = [any(column) for column in zip(*table, strict=True)]
-    table = [["", "Type", "Default", "Meaning"], ["---"] * 4, *table]
-    rows = [[c.replace("|", r"\|") for c, k in zip(row, keep, strict=True) if k] for row in table]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+            cells = [name, kind, " ".join(d.docment.split())]
+            rows.append("| " + " | ".join(c.replace("|", r"\|") for c in cells) + " |")
+    return "\n".join(["| | Type | Meaning |", "|---|---|---|", *rows]) if rows else ""
+
+
+def runs(cell: NbCell) -> bool:
+    "Whether a cell runs while the page is made: what is exported and its documentation, no lesson."
+    return cell.cell_type == "code" and bool(
+        {"export", "exports"} & set(cell.directives_) or "show_doc(" in cell.source)
 
 
 def split_title(source: str) -> tuple[str, str]:
@@ -95,7 +94,7 @@ def page(notebook: dict, path: Path) -> dict:
     nb.cells.insert(1, mk_cell(f"{introduction}\n\n{colab}", "markdown"))
     for i, cell in enumerate(nb.cells):
         cell.idx_ = i
-    FilterDefaults()(nb)
+    nbdev.processors.FilterDefaults()(nb)
 
     chapters = {_nbpath2html(p).name: p.name for p in path.parent.glob("*.ipynb")}
     site = f"{config.doc_host}{config.doc_baseurl}"
@@ -124,9 +123,9 @@ def main() -> None:
             break
     else:
         sys.exit("this notebook is in no file of the folder")
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found cells containing imports")  # plt.style.use belongs to them
-        nbdev.showdoc.BasicMarkdownRenderer = ShowDoc
+    nbdev.showdoc.BasicMarkdownRenderer = ShowDoc
+    nbdev.processors._do_eval = runs
+    with contextlib.redirect_stdout(sys.stderr):
         result = page(notebook, path)
     json.dump(result, sys.stdout, ensure_ascii=False)
 

@@ -32,22 +32,26 @@ def build(root: Path = ROOT) -> Path:
     return out
 
 
+def copy_project(root: Path, to: Path) -> Path:
+    "Copy what a site is made of; returns the folder of the copy."
+    leave = shutil.ignore_patterns(".*", "_docs", "data", "runs", "tests", "build", "dist", "*.egg-info")
+    return shutil.copytree(root, to / "project", ignore=leave)
+
+
 def stand_in(root: Path, out: Path) -> None:
     "Build with smalldocs from a copy of the project whose notebooks went through the filter."
     with tempfile.TemporaryDirectory() as tmp:
-        copy = Path(tmp)
-        shutil.copy(root / "README.md", copy)
+        copy = copy_project(root, Path(tmp))
         config = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))
         del config["execute"], config["ipynb-filters"], config["format"]["html"]["html-math-method"]
         theme = config["format"]["html"]["theme"]
         config["format"]["html"]["theme"] = {mode: names[0] for mode, names in theme.items()}
         (copy / "_quarto.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
-        (copy / "nbs").mkdir()
         with ThreadPoolExecutor(2) as pool:
-            notebooks = sorted((root / "nbs").glob("*.ipynb"))
-            for path, page in zip(notebooks, pool.map(filtered, notebooks), strict=True):
-                (copy / "nbs" / path.name).write_bytes(page)
-        subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", tmp], check=True)
+            notebooks = sorted((copy / "nbs").glob("*.ipynb"))
+            for path, page in zip(notebooks, list(pool.map(filtered, notebooks)), strict=True):
+                path.write_bytes(page)
+        subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", str(copy)], check=True)
         mend(copy / "_docs")
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(copy / "_docs", out)
@@ -73,7 +77,7 @@ def filtered(path: Path) -> bytes:
     command = [sys.executable, "_filter.py"]
     result = subprocess.run(command, input=path.read_bytes(), cwd=path.parent, capture_output=True)
     if result.returncode:
-        raise SystemExit(f"{path}: the filter failed\n{result.stderr.decode()}")
+        raise RuntimeError(f"{path}: the filter failed\n{result.stderr.decode()}")
     return result.stdout
 
 
