@@ -9,7 +9,7 @@ from tinylm.generate import (
     keep_top_k,
     keep_top_p,
     next_token_probs,
-    pick_token,
+    pick_id,
     start_ids,
     stream,
     stream_text,
@@ -33,7 +33,7 @@ def naive(model, ids, num, seed, **choice):
         window = ids[window_start(len(ids), model.config.context_length):]
         with torch.inference_mode():
             probs = next_token_probs(model(torch.tensor([window]))[:, -1], **choice)
-        new.append(pick_token(probs, torch.rand(1, generator=g, dtype=torch.float64)).item())
+        new.append(pick_id(probs, torch.rand(1, generator=g, dtype=torch.float64)).item())
         ids.append(new[-1])
     return new
 
@@ -193,7 +193,7 @@ def test_filters_equal_those_of_transformers():
 def test_pick_never_takes_the_impossible():
     probs = keep_top_p(torch.full((1, 1000), 1 / 1000), 0.25)
     u = torch.cat([torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64), torch.rand(5000, dtype=torch.float64)])
-    assert (probs[0][pick_token(probs.expand(len(u), -1), u)] > 0).all()
+    assert (probs[0][pick_id(probs.expand(len(u), -1), u)] > 0).all()
 
 
 def test_half_precision_model_generates():
