@@ -492,7 +492,7 @@ def _decode_vocab(path: Path, names: dict[str, int], special: Iterable[str]) -> 
     except (KeyError, AttributeError, TypeError) as err:
         raise InputError(f"{path}: not a vocabulary in the byte-level alphabet ({err!r})") from None
 
-# %% ../nbs/00_tokenizer.ipynb #f06d21d6
+# %% ../nbs/00_tokenizer.ipynb #5fa3cd6b
 def _load(path: Path) -> tuple[dict[int, bytes], list[_Pair], list[str]]:
     "Read vocabulary, merges and special tokens from a tokenizer.json."
     whole = _read_json(path)
@@ -502,12 +502,12 @@ def _load(path: Path) -> tuple[dict[int, bytes], list[_Pair], list[str]]:
         special = {added["content"]: added["id"] for added in whole["added_tokens"]}
         lines = [line.split(" ") if isinstance(line, str) else line for line in model["merges"]]
         merges = [(_to_bytes(a), _to_bytes(b)) for a, b in lines]
-        vocab = _decode_vocab(path, model["vocab"] | special, special)
-    except (KeyError, TypeError, AttributeError) as err:
+        names = model["vocab"] | special
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise InputError(f"{path}: not a byte-level BPE tokenizer ({err!r})") from err
     if kind != ("BPE", "ByteLevel", False, True):
-        raise InputError(f"{path}: expected ('BPE', 'ByteLevel', False, True), found {kind}")
-    return vocab, merges, list(special)
+        raise InputError(f"{path}: expected byte-level BPE over GPT-2's pretokens, found {kind}")
+    return _decode_vocab(path, names, special), merges, list(special)
 
 # %% ../nbs/00_tokenizer.ipynb #f1a535a8
 def _load_gpt2(vocab_path: Path, merges_path: Path, special: list[str]) -> tuple[dict[int, bytes], list[_Pair]]:

@@ -1,0 +1,549 @@
+"""Faults, equality with other tokenizers, and properties of tinylm.tokenizer that are no lesson."""
+
+import gzip
+import itertools
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tinylm.data import END_OF_TEXT, InputError
+from tinylm.tokenizer import (
+    PRETOKEN_PATTERN,
+    TokenFile,
+    Tokenizer,
+    count_pretokens,
+    file_sha256,
+    merge_pretokens,
+    train_bpe,
+    train_bpe_naive,
+)
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+SPECIAL = [END_OF_TEXT, END_OF_TEXT * 2, "<|pad|>", " x "]
+
+CORPUS = """It's a fox's life, isn't it? They'll see; we've seen, I'm sure, you're right, he'd go.
+  Two  spaces,\tand tabs\t\tand\r\n\r\nlines   \n\n\n Números 123 4567 ¾ ² Ⅷ, ça va? Straße, naïve, e\u0301te\u0301.
+日本語のテキスト、中文文本。 한국어 텍스트 שלום עולם مرحبا بالعالم Привет, мир! สวัสดี नमस्ते
+👩\u200d🚀👨\u200d👩\u200d👧 🏳️\u200d🌈 🦊🦊🦊 \u200b\ufeff\u00a0\u3000\x00\x01\x7f\x85 ''' '''s 'S 'LL "quoted" --- ...
+aaaaaaaaaaaaaaaa ababababab the the the then they them there other mother brother
+"""
+
+# Text that looks like what people and machines write, more often than uniform code points would.
+PIECES = st.sampled_from(
+    [*SPECIAL, "'s", "'ll", "'re", "'", "''", " ", "  ", "\n", "\r\n", "\t", "\x00", "\u00a0", "\u3000", "\u0301", "é"]
+    + ["🦊", "👩\u200d🚀", "日本", "שלום", "مرحبا", "the", " the", "12", "¾", "-", "<|endof", "text|>", "<|", "aaaa"]
+)
+ASSIGNED = st.characters(exclude_categories=["Cn", "Cs"], max_codepoint=0x1FAFF)  # all libraries know these
+TEXTS = st.lists(st.one_of(PIECES, st.text(ASSIGNED, max_size=8)), max_size=20).map("".join)
+
+
+@pytest.fixture(scope="session")
+def corpus_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text((CORPUS + END_OF_TEXT) * 3, encoding="utf-8", newline="")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus_path):
+    return Tokenizer(*train_bpe(corpus_path, 500, SPECIAL), SPECIAL)
+
+
+@pytest.fixture(scope="session")
+def hugging_face(tokenizer, tmp_path_factory):
+    tokenizers = pytest.importorskip("tokenizers")
+    return tokenizers.Tokenizer.from_file(str(tokenizer.save(tmp_path_factory.mktemp("saved"))))
+
+
+def as_tiktoken(tokenizer):
+    tiktoken = pytest.importorskip("tiktoken")
+    special = tokenizer.special_tokens
+    ranks = {token: i for i, token in tokenizer.vocab.items() if i not in special.values()}
+    return tiktoken.Encoding("test", pat_str=PRETOKEN_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+@pytest.fixture(scope="session")
+def tiktoken_encoding(tokenizer):
+    return as_tiktoken(tokenizer)
+
+
+# --- training
+
+
+def count(text):
+    return Counter(pretoken.encode() for pretoken in regex.findall(PRETOKEN_PATTERN, text))
+
+
+@given(st.lists(st.text("aab", min_size=1, max_size=12), max_size=12).map(" ".join))
+@example("aaaa aaaaa aaaaaa aaaaaaa")
+def test_merges_equal_the_naive_ones_on_runs_and_ties(text):
+    assert merge_pretokens(count(text), 60) == train_bpe_naive(text, 256 + 60, [])[1]
+
+
+@given(TEXTS)
+def test_merges_equal_the_naive_ones_on_any_text(text):
+    assert merge_pretokens(count(text), 100) == train_bpe_naive(text, 256 + 100, [])[1]
+
+
+@given(text=TEXTS, block_size=st.integers(1, 50))
+@settings(max_examples=200, deadline=None)
+def test_counts_do_not_depend_on_the_blocks(text, block_size, tmp_path_factory):
+    path = tmp_path_factory.mktemp("blocks") / "x.txt"
+    path.write_text("." + text, encoding="utf-8", newline="")
+    whole = count_pretokens(path, SPECIAL, num_workers=1)
+    assert whole == count_pretokens(path, SPECIAL, num_workers=1, block_size=block_size)
+    parts = regex.split("|".join(map(regex.escape, sorted(SPECIAL, key=len, reverse=True))), "." + text)
+    assert whole == sum(map(count, parts), Counter())
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+@pytest.mark.parametrize("block_size", [100, 3000])
+def test_any_number_of_workers_gives_the_same_counts(corpus_path, num_workers, block_size):
+    text = corpus_path.read_bytes().decode()
+    expected = Counter()
+    for part in text.split(END_OF_TEXT):
+        expected += count(part)
+    assert count_pretokens(corpus_path, [END_OF_TEXT], num_workers=num_workers, block_size=block_size) == expected
+
+
+def test_trainer_equals_the_naive_one_on_a_file(corpus_path):
+    text = corpus_path.read_bytes().decode()
+    naive = train_bpe_naive(text, 500, SPECIAL)
+    assert train_bpe(corpus_path, 500, SPECIAL) == naive
+    assert train_bpe(corpus_path, 500, SPECIAL, num_workers=2) == naive
+
+
+def test_gzip_and_crlf_are_read_as_they_are(corpus_path, tmp_path):
+    packed = tmp_path / "corpus.txt.gz"
+    packed.write_bytes(gzip.compress(corpus_path.read_bytes()))
+    assert train_bpe(packed, 400, SPECIAL) == train_bpe(corpus_path, 400, SPECIAL)
+    assert any(b"\r" in pretoken for pretoken in count_pretokens(packed, SPECIAL))
+
+
+def test_invalid_utf8_in_a_corpus_becomes_the_replacement_character(tmp_path):
+    path = tmp_path / "broken.txt"
+    path.write_bytes(b"ab \xff\xfe cd \xf0\x9f end \xe2\x82")
+    expected = count(path.read_bytes().decode("utf-8", "replace"))
+    assert count_pretokens(path, []) == expected == count_pretokens(path, [], block_size=1)
+
+
+def test_a_corpus_of_special_tokens_alone_has_no_pretokens(tmp_path):
+    path = tmp_path / "special.txt"
+    path.write_text(END_OF_TEXT * 1000, encoding="utf-8")
+    assert count_pretokens(path, [END_OF_TEXT], block_size=50) == {}
+
+
+@pytest.mark.parametrize("vocab_size", [-1, 0, 256])
+def test_vocabulary_too_small(corpus_path, vocab_size):
+    with pytest.raises(InputError, match=f"vocab_size {vocab_size}: .* 257 or more"):
+        train_bpe(corpus_path, vocab_size, [END_OF_TEXT])
+
+
+def test_smallest_vocabulary_is_bytes_and_special_tokens(corpus_path):
+    vocab, merges = train_bpe(corpus_path, 257, [END_OF_TEXT])
+    assert merges == [] and vocab[256] == END_OF_TEXT.encode() and vocab[65] == b"A"
+    assert Tokenizer(vocab, merges, [END_OF_TEXT]).encode("é" + END_OF_TEXT) == [0xC3, 0xA9, 256]
+
+
+def test_unreachable_vocabulary_stops_early_and_warns_once(tmp_path):
+    path = tmp_path / "small.txt"
+    path.write_text("ab ab", encoding="utf-8")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        vocab, merges = train_bpe(path, 1000, [END_OF_TEXT])
+    assert merges == [(b"a", b"b"), (b" ", b"ab")] and len(vocab) == 259
+    assert len(caught) == 1 and "1000" in str(caught[0].message) and "259" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("special", [["a"], [""], ["<|x|>", "<|x|>"]])
+def test_special_tokens_that_cannot_be_told_apart(corpus_path, special):
+    with pytest.raises(InputError, match="special token"):
+        train_bpe(corpus_path, 500, special)
+
+
+def test_files_that_cannot_be_read(tmp_path, tokenizer):
+    (tmp_path / "empty.txt").touch()
+    for name in ["missing.txt", "missing.txt.gz", "empty.txt", "."]:
+        with pytest.raises(InputError):
+            train_bpe(tmp_path / name, 300, [])
+        with pytest.raises(InputError):
+            tokenizer.encode_file(tmp_path / name, tmp_path / "out.bin")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt"]
+
+
+# --- encoding
+
+
+@given(st.text())
+def test_round_trip_of_any_text(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(TEXTS)
+def test_round_trip_of_likely_text(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(st.binary())
+def test_decoding_any_bytes_replaces_what_is_broken(tokenizer, data):
+    assert tokenizer.decode(data) == data.decode(errors="replace")
+
+
+@given(st.lists(st.one_of(st.integers(0xD800, 0xDFFF).map(chr), st.sampled_from("a \n🦊")), max_size=12))
+@example(["\ud83e", "\udd8a"])
+@example(["\ud83e", "\ud83e", "\udd8a", "\udd8a"])
+def test_surrogates_are_treated_as_tiktoken_treats_them(tokenizer, tiktoken_encoding, chunks):
+    ids = tokenizer.encode("".join(chunks))
+    assert ids == tiktoken_encoding.encode("".join(chunks), allowed_special="all")
+    assert list(tokenizer.encode_iterable(chunks)) == ids
+
+
+@given(TEXTS)
+@example(END_OF_TEXT * 3 + " x " + END_OF_TEXT)
+@example(f" {END_OF_TEXT} \n{END_OF_TEXT}\n x  x ")
+@example("a  " + END_OF_TEXT + "  b")
+@settings(max_examples=300)
+def test_ids_equal_those_of_hugging_face(tokenizer, hugging_face, text):
+    assert tokenizer.encode(text) == hugging_face.encode(text).ids
+
+
+@given(TEXTS)
+@settings(max_examples=300)
+def test_ids_equal_those_of_tiktoken(tokenizer, tiktoken_encoding, text):
+    # tiktoken does not promise the longest of overlapping special tokens, so each is tried alone.
+    text = text.replace(END_OF_TEXT * 2, "").replace(" x ", "")
+    assert tokenizer.encode(text) == tiktoken_encoding.encode(text, allowed_special="all")
+
+
+def cut(text, places):
+    edges = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
+    return [text[a:b] for a, b in itertools.pairwise(edges)]
+
+
+@given(text=TEXTS, places=st.lists(st.integers(0, 1000), max_size=20), size=st.integers(1, 40))
+@settings(max_examples=500)
+def test_streaming_gives_the_ids_of_the_whole(tokenizer, text, places, size):
+    from tinylm.tokenizer import _blocks
+
+    blocks = _blocks(cut(text, places), tokenizer.special_tokens, size)
+    assert [i for block in blocks for i in tokenizer.encode(block)] == tokenizer.encode(text)
+    assert list(tokenizer.encode_iterable(cut(text, places))) == tokenizer.encode(text)
+
+
+def test_streaming_takes_what_it_needs_and_no_more(tokenizer):
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield "Once upon a time. "
+
+    ids = tokenizer.encode_iterable(endless())
+    assert len(list(itertools.islice(ids, 100_000))) == 100_000
+    assert taken * len("Once upon a time. ") < 500_000
+
+
+def test_streaming_memory_stays_constant(tokenizer):
+    import tracemalloc
+
+    def peak(repeats):
+        tracemalloc.start()
+        for _ in tokenizer.encode_iterable(itertools.repeat(CORPUS, repeats)):
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    peak(20)  # fill the cache
+    assert peak(400) < 1.5 * peak(40) + 100_000
+
+
+def test_cache_is_bounded(tokenizer):
+    fresh = Tokenizer(tokenizer.vocab, tokenizer.merges, SPECIAL)
+    for start in range(0, 140_000, 1000):
+        fresh.encode(" ".join(map(str, range(start, start + 1000))))
+    assert len(fresh._cache) <= 1 << 17
+    fresh.encode("y" * 100_000)
+    assert max(map(len, fresh._cache)) <= 32
+
+
+@pytest.mark.parametrize("text", ["a" * 1_000_000, "ab12é🦊" * 170_000], ids=["one letter", "no space"])
+def test_a_megabyte_without_a_cut_is_bounded_in_time(tokenizer, text, tmp_path):
+    start = time.process_time()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    chunks = (text[i : i + 1000] for i in range(0, 100_000, 1000))
+    assert list(tokenizer.encode_iterable(chunks)) == tokenizer.encode(text[:100_000])
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train_bpe(tmp_path / "long.txt", 1000, [])
+    assert time.process_time() - start < 60  # a quadratic program would take hours
+
+
+def test_special_tokens_longest_first_and_only_if_declared(tokenizer, corpus_path):
+    one, two = tokenizer.special_tokens[END_OF_TEXT], tokenizer.special_tokens[END_OF_TEXT * 2]
+    assert tokenizer.encode(END_OF_TEXT * 3) == [two, one]
+    assert tokenizer.encode("a" + END_OF_TEXT + "a") == [97, one, 97]
+    plain = Tokenizer(*train_bpe(corpus_path, 400, []))
+    assert one not in plain.encode(END_OF_TEXT) and plain.decode(plain.encode(END_OF_TEXT)) == END_OF_TEXT
+
+
+def test_special_token_that_the_vocabulary_does_not_hold_gets_the_next_id(tokenizer):
+    more = Tokenizer(tokenizer.vocab, tokenizer.merges, [*SPECIAL, "<|new|>"])
+    assert more.encode("<|new|>") == [500] and more.vocab_size == 501
+    assert more.fingerprint != tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("bad", [-1, 500, 10**9])
+def test_ids_outside_the_vocabulary(tokenizer, bad):
+    with pytest.raises(InputError, match=f"{bad}.* 500 tokens"):
+        tokenizer.decode([65, bad])
+
+
+def test_numpy_ids_decode(tokenizer):
+    assert tokenizer.decode(np.array(tokenizer.encode("seen 🦊"), np.uint16)) == "seen 🦊"
+
+
+def test_vocabulary_without_a_byte_or_a_merge(tokenizer):
+    with pytest.raises(InputError, match="missing"):
+        Tokenizer({i: t for i, t in tokenizer.vocab.items() if i != 7}, tokenizer.merges)
+    with pytest.raises(InputError, match="missing"):
+        Tokenizer({i: t for i, t in tokenizer.vocab.items() if i != 300}, tokenizer.merges)
+
+
+# --- files
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "new" / "folder")
+    again = Tokenizer.load(tmp_path / "new" / "folder")
+    for name in ("vocab", "merges", "special_tokens", "fingerprint"):
+        assert getattr(again, name) == getattr(tokenizer, name)
+    assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["tokenizer.json"]
+
+
+def test_load_reads_what_hugging_face_writes(tokenizer, hugging_face, tmp_path):
+    hugging_face.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+def test_load_refuses_what_it_would_misread(tokenizer, tmp_path):
+    path = tokenizer.save(tmp_path)
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    changes = [{"model": {**whole["model"], "type": "WordPiece"}}, {"pre_tokenizer": {"type": "Whitespace"}}]
+    changes += [{"pre_tokenizer": {**whole["pre_tokenizer"], "add_prefix_space": True}}, {"model": None}]
+    changes += [{"model": {**whole["model"], "vocab": {"日": 1}}}, {"model": {**whole["model"], "merges": [["a"]]}}]
+    for change in changes:
+        path.write_text(json.dumps({**whole, **change}), encoding="utf-8")
+        with pytest.raises(InputError, match="tokenizer.json"):
+            Tokenizer.load(tmp_path)
+    for content in ["", "{", "[]", "3"]:
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match="tokenizer.json"):
+            Tokenizer.load(tmp_path)
+    with pytest.raises(InputError, match="cannot read"):
+        Tokenizer.load(tmp_path / "missing")
+
+
+def test_fingerprint_sees_every_part(tokenizer):
+    prints = {tokenizer.fingerprint}
+    prints.add(Tokenizer(tokenizer.vocab, tokenizer.merges).fingerprint)
+    prints.add(Tokenizer(tokenizer.vocab, tokenizer.merges[:-1], SPECIAL).fingerprint)
+    swapped = dict(tokenizer.vocab)
+    swapped[65], swapped[66] = swapped[66], swapped[65]
+    prints.add(Tokenizer(swapped, tokenizer.merges, SPECIAL).fingerprint)
+    assert len(prints) == 4
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    if not (SHARED / "gpt2").is_dir():
+        pytest.skip("GPT-2's vocabulary is not at hand (../shared/data/gpt2)")
+    return Tokenizer.from_files(SHARED / "gpt2" / "vocab.json", SHARED / "gpt2" / "merges.txt", [END_OF_TEXT])
+
+
+@pytest.fixture(scope="session")
+def real_stories():
+    path = SHARED / "tinystories" / "valid_v2.txt.gz"
+    if not path.is_file():
+        pytest.skip("real TinyStories are not at hand (../shared/data/tinystories)")
+    with gzip.open(path) as file:
+        return file.read(400_000).decode("utf-8", "replace")
+
+
+def test_gpt2_known_ids(gpt2):
+    assert gpt2.vocab_size == 50257 and gpt2.special_tokens == {END_OF_TEXT: 50256}
+    assert gpt2.encode("Hello world" + END_OF_TEXT) == [15496, 995, 50256]
+
+
+def test_gpt2_equals_hugging_face_on_real_stories(gpt2, real_stories, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.ByteLevelBPETokenizer(str(SHARED / "gpt2" / "vocab.json"), str(SHARED / "gpt2" / "merges.txt"))
+    theirs.add_special_tokens([END_OF_TEXT])
+    ids = gpt2.encode(real_stories)
+    assert ids == theirs.encode(real_stories).ids
+    gpt2.save(tmp_path)
+    assert Tokenizer.load(tmp_path).encode(real_stories[:50_000]) == gpt2.encode(real_stories[:50_000])
+
+
+def test_gpt2_equals_tiktoken_on_real_stories(gpt2, real_stories):
+    encoding = as_tiktoken(gpt2)
+    assert gpt2.encode(real_stories) == encoding.encode(real_stories, allowed_special="all")
+    assert gpt2.encode(CORPUS) == encoding.encode(CORPUS)
+
+
+@given(text=TEXTS)
+def test_gpt2_equals_tiktoken_on_any_text(gpt2, text):
+    if not hasattr(gpt2, "_encoding"):
+        gpt2._encoding = as_tiktoken(gpt2)
+    assert gpt2.encode(text) == gpt2._encoding.encode(text, allowed_special="all")
+
+
+def test_from_files_refuses_broken_files(tmp_path, gpt2):
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n", encoding="utf-8")
+    with pytest.raises(InputError, match="merges.txt"):
+        Tokenizer.from_files(SHARED / "gpt2" / "vocab.json", tmp_path / "merges.txt")
+    with pytest.raises(InputError, match="nothing.json"):
+        Tokenizer.from_files(tmp_path / "nothing.json", tmp_path / "merges.txt")
+
+
+# --- token files
+
+
+@pytest.fixture
+def token_file(tokenizer, corpus_path, tmp_path):
+    return tokenizer.encode_file(corpus_path, tmp_path / "train.bin")
+
+
+def test_token_file_holds_the_ids(tokenizer, token_file, corpus_path):
+    text = corpus_path.read_bytes().decode()
+    assert token_file.tokens().tolist() == tokenizer.encode(text)
+    assert TokenFile.load(token_file.path) == TokenFile.load(token_file.path.with_suffix(".json")) == token_file
+    assert token_file.source == "corpus.txt" and token_file.sha256 == file_sha256(corpus_path)
+    assert token_file.path.stat().st_size == 2 * token_file.count and not token_file.tokens().flags.writeable
+    token_file.check(tokenizer)
+    fields = json.loads(token_file.path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert set(fields) == {"dtype", "count", "vocab_size", "fingerprint", "source", "sha256"}
+
+
+def test_token_file_from_gzip(tokenizer, token_file, corpus_path, tmp_path):
+    packed = tmp_path / "corpus.txt.gz"
+    packed.write_bytes(gzip.compress(corpus_path.read_bytes()))
+    again = tokenizer.encode_file(packed, tmp_path / "again")
+    assert again.path.name == "again.bin" and again.source == "corpus.txt.gz"
+    assert again.path.read_bytes() == token_file.path.read_bytes()
+
+
+@pytest.mark.parametrize("size, dtype", [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
+def test_large_vocabularies_take_four_bytes(tmp_path, size, dtype):
+    vocab = {i: bytes([i]) if i < 256 else str(i).encode() + b"!" for i in range(size)}
+    large = Tokenizer(vocab, [])
+    (tmp_path / "x.txt").write_text("abc", encoding="utf-8")
+    made = large.encode_file(tmp_path / "x.txt", tmp_path / "x.bin")
+    assert made.dtype == dtype and made.tokens().tolist() == [97, 98, 99]
+
+
+def rewrite(token_file, **changes):
+    path = token_file.path.with_suffix(".json")
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
+def test_token_file_cut_short(token_file):
+    size = token_file.path.stat().st_size
+    for actual in (size - 1, size - 2, 0):
+        with open(token_file.path, "r+b") as file:
+            file.truncate(actual)
+        with pytest.raises(InputError, match=f"train.bin: {actual} bytes, expected {size}"):
+            TokenFile.load(token_file.path)
+
+
+def test_token_file_without_description_or_ids(token_file):
+    token_file.path.rename(token_file.path.with_name("other.bin"))
+    with pytest.raises(InputError, match="train.bin: cannot read"):
+        TokenFile.load(token_file.path)
+    with pytest.raises(InputError, match="other.bin: unfinished, other.json is missing"):
+        TokenFile.load(token_file.path.with_name("other.bin"))
+
+
+def test_token_file_with_a_damaged_description(token_file):
+    description = token_file.path.with_suffix(".json")
+    whole = description.read_text(encoding="utf-8")
+    broken = ["", whole[:50], "[]", "{}", "7", json.dumps({**json.loads(whole), "extra": 1})]
+    broken += [json.dumps({**json.loads(whole), "dtype": dtype}) for dtype in ("float16", "banana", None)]
+    broken += [json.dumps({**json.loads(whole), "count": count}) for count in ("many", None, -1, 0)]
+    for content in broken:
+        description.write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match="train"):
+            TokenFile.load(token_file.path)
+
+
+def test_token_file_of_another_tokenizer(token_file, tokenizer, corpus_path):
+    other = Tokenizer(*train_bpe(corpus_path, 400, SPECIAL), SPECIAL)
+    expected = f"{token_file.fingerprint[:12]}, expected {other.fingerprint[:12]}"
+    with pytest.raises(InputError, match=expected):
+        token_file.check(other)
+
+
+def test_token_file_with_an_id_outside_the_vocabulary(token_file, tokenizer):
+    ids = np.fromfile(token_file.path, "<u2")
+    ids[-1] = 500
+    ids.tofile(token_file.path)
+    with pytest.raises(InputError, match="id 500, expected ids below 500"):
+        TokenFile.load(token_file.path).check(tokenizer)
+
+
+def test_failure_while_encoding_leaves_the_old_pair(tokenizer, token_file, corpus_path, tmp_path, monkeypatch):
+    before = token_file.path.read_bytes()
+
+    def fail(text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer, "encode", fail, raising=True)
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode_file(corpus_path, token_file.path)
+    assert TokenFile.load(token_file.path) == token_file and token_file.path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["train.bin", "train.json"]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from tinylm.data import InputError
+from tinylm.tokenizer import Tokenizer
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [])
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
+try:
+    tokenizer.encode_file(sys.argv[1], sys.argv[2])
+except InputError as error:
+    print("InputError:", error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_FSIZE here")
+@pytest.mark.parametrize("limit", [4096, 200])  # the ids do not fit; the ids fit and the description does not
+def test_full_disk_leaves_nothing_half_written(tmp_path, limit):
+    (tmp_path / "x.txt").write_text("words " * (1000 if limit > 1000 else 5), encoding="utf-8")
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "x.txt"), str(tmp_path / "x.bin"), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "InputError" in done.stdout and "cannot write" in done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) in (["x.txt"], ["x.bin", "x.txt"])
+    with pytest.raises(InputError):
+        TokenFile.load(tmp_path / "x.bin")
+
+
+def test_import_leaves_torch_alone():
+    code = "import tinylm.tokenizer, sys; assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
