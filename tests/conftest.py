@@ -1,6 +1,8 @@
 """What several tests share: the chapters, a browser, a web server on this machine."""
 import functools
 import http.server
+import json
+import re
 import shutil
 import threading
 from contextlib import contextmanager
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+LEFT_OUT = re.compile(r"^#\| *(slow|eval: *false)", re.MULTILINE)  # see tst_flags in settings.ini
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 
@@ -39,3 +42,19 @@ def served(folder: Path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
+
+
+def runnable_copy(path: Path, folder: Path, counted: bool = False) -> Path:
+    """Copy a chapter without the cells that nbdev_test leaves out, so that other tools can run it; `counted` gives back
+    the execution counts that nbdev_clean strips, since nbval wants them."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    notebook["cells"] = [c for c in notebook["cells"] if not LEFT_OUT.search("".join(c["source"]))]
+    for count, cell in enumerate((c for c in notebook["cells"] if c["cell_type"] == "code"), 1):
+        cell["execution_count"] = count if counted else None
+        for output in cell["outputs"]:
+            if output["output_type"] == "execute_result":
+                output["execution_count"] = cell["execution_count"]
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / path.name
+    copy.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
+    return copy

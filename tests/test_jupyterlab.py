@@ -1,0 +1,117 @@
+"""Real JupyterLab in a real browser opens every chapter and runs all of it, as a student will."""
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import CHAPTERS, runnable_copy
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
+PATIENCE = 150  # seconds for a chapter on two slow cores, another running beside it
+PROMPTS = "Array.from(document.querySelectorAll('.jp-CodeCell .jp-InputPrompt'), e => e.innerText)"
+PICTURES = "Array.from(document.querySelectorAll('.jp-OutputArea-output img')).filter(e => e.naturalWidth > 0).length"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "JupyterLab on a folder: the folder, and a function from a notebook's name to its address."
+    root = tmp_path_factory.mktemp("lab")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    token = secrets.token_hex(8)
+    settings = root / ".settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"windowingMode": "none"}), encoding="utf-8")  # else only cells in sight are there
+    env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(root / ".settings"), "JUPYTER_CONFIG_DIR": str(root / ".config"),
+                        "OMP_NUM_THREADS": "1", "IN_TEST": "1"}
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+         f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}"],
+        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield root, lambda name: f"http://127.0.0.1:{port}/lab/workspaces/{name}/tree/{name}.ipynb?token={token}&reset"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def start(browser, address: str):
+    "Open a notebook in a tab of its own and choose Run > Run All Cells."
+    page = browser.new_context(viewport={"width": 1300, "height": 900}).new_page()
+    page.goto(address)
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+    page.wait_for_timeout(1500)
+    page.click('.lm-MenuBar-item:has-text("Run")')
+    page.click('[data-command="runmenu:run-all"]')
+    page.wait_for_function(f"{PROMPTS}.some(e => /[*\\d]/.test(e))")
+    return page
+
+
+def faults_in(page, notebook: Path, pictures: int) -> list[str]:
+    "Save the notebook that ran and tell what is wrong with it."
+    before = notebook.stat().st_mtime_ns
+    page.keyboard.press("Control+s")
+    for _ in range(100):
+        page.wait_for_timeout(100)
+        if notebook.stat().st_mtime_ns != before:
+            break
+    cells = [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    outputs = [o for c in cells for o in c["outputs"]]
+    faults = [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
+    not_run = sum(bool("".join(c["source"]).strip()) and c["execution_count"] is None for c in cells)
+    if not_run:
+        faults.append(f"{not_run} cells were not run")
+    seen = page.evaluate(PICTURES)
+    return faults + [f"{seen} pictures, not {pictures}"] * (seen < pictures)
+
+
+def run_all(browser, notebooks: list[Path], address) -> dict[str, list[str]]:
+    "Run the notebooks, two at a time; returns what went wrong in each."
+    pictures = {path.stem: path.read_text(encoding="utf-8").count('"image/png":') for path in notebooks}
+    waiting, running, faults = list(notebooks), [], {}
+    while waiting or running:
+        while waiting and len(running) < 2:
+            path = waiting.pop(0)
+            running.append((path, start(browser, address(path.stem)), time.monotonic() + PATIENCE))
+        for path, page, end in list(running):
+            late = time.monotonic() > end
+            if late or not any("*" in prompt for prompt in page.evaluate(PROMPTS)):
+                faults[path.stem] = faults_in(page, path, pictures[path.stem]) + [f"not done in {PATIENCE} s"] * late
+                page.context.close()
+                running.remove((path, page, end))
+        time.sleep(0.3)
+    return faults
+
+
+@pytest.mark.timeout(900)
+def test_every_chapter_runs_in_jupyterlab(browser, lab):
+    root, address = lab
+    faults = run_all(browser, [runnable_copy(path, root) for path in CHAPTERS], address)
+    assert faults == {path.stem: [] for path in CHAPTERS}
+
+
+def test_planted_faults_are_seen(browser, lab):
+    root, address = lab
+    picture = new_output("display_data", data={"image/png": "iVBORw0KGgo="})
+    planted = {"error": [new_code_cell("import no_such_module"), new_code_cell("1")],
+               "picture": [new_code_cell("1", outputs=[picture])]}
+    for name, cells in planted.items():
+        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": KERNEL}), root / f"{name}.ipynb")
+    faults = run_all(browser, [root / f"{name}.ipynb" for name in planted], address)
+    assert faults == {"error": ["ModuleNotFoundError: No module named 'no_such_module'", "1 cells were not run"],
+                      "picture": ["0 pictures, not 1"]}
