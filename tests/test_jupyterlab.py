@@ -1,6 +1,7 @@
 """Real JupyterLab in a real browser opens every chapter and runs all of it, as a student will."""
 import json
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -15,6 +16,10 @@ from conftest import CHAPTERS, runnable_copy
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
+SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none"},  # else only the cells in sight are on the page
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
 PATIENCE = 150  # seconds for a chapter on two slow cores, another running beside it
 PROMPTS = "Array.from(document.querySelectorAll('.jp-CodeCell .jp-InputPrompt'), e => e.innerText)"
 PICTURES = "Array.from(document.querySelectorAll('.jp-OutputArea-output img')).filter(e => e.naturalWidth > 0).length"
@@ -28,9 +33,10 @@ def lab(tmp_path_factory):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     token = secrets.token_hex(8)
-    settings = root / ".settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
-    settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps({"windowingMode": "none"}), encoding="utf-8")  # else only cells in sight are there
+    for name, settings in SETTINGS.items():
+        file = root / f".settings/@jupyterlab/{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(settings), encoding="utf-8")
     env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(root / ".settings"), "JUPYTER_CONFIG_DIR": str(root / ".config"),
                         "OMP_NUM_THREADS": "1", "IN_TEST": "1"}
     server = subprocess.Popen(
@@ -56,10 +62,13 @@ def start(browser, address: str):
     page.goto(address)
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
     page.wait_for_timeout(1500)
-    page.click('.lm-MenuBar-item:has-text("Run")')
-    page.click('[data-command="runmenu:run-all"]')
-    page.wait_for_function(f"{PROMPTS}.some(e => /[*\\d]/.test(e))")
-    return page
+    for _ in range(10):  # while the kernel is not yet connected, running does nothing
+        page.click('.lm-MenuBar-item:has-text("Run")')
+        page.click('[data-command="runmenu:run-all"]')
+        page.wait_for_timeout(3000)
+        if any(re.search(r"[*\d]", prompt) for prompt in page.evaluate(PROMPTS)):
+            return page
+    raise TimeoutError(f"nothing runs in {address}")
 
 
 def faults_in(page, notebook: Path, pictures: int) -> list[str]:
