@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# %% ../nbs/04_optim.ipynb #c00775e1
+# %% ../nbs/04_optim.ipynb #95d275e8
 def cross_entropy(
     logits: Tensor,  # scores before softmax, shape (..., V), any real numbers
     targets: Tensor,  # ids of the tokens that really came next, shape (...), integers in [0, V)
@@ -23,28 +23,29 @@ def cross_entropy(
     Raises ValueError when the shapes do not belong together.
     """
     if logits.shape[:-1] != targets.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} need targets {tuple(logits.shape[:-1])}, not {tuple(targets.shape)}")
+        raise ValueError(f"logits of shape {tuple(logits.shape)} do not fit targets of shape {tuple(targets.shape)}")
     m = logits.detach().amax(-1, keepdim=True)
     log_sum = (logits - m).exp().sum(-1).log() + m.squeeze(-1)
     right = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return (log_sum - right).mean()
 
-# %% ../nbs/04_optim.ipynb #70c6b12b
+# %% ../nbs/04_optim.ipynb #a295d107
 def _adamw_update(
     params: list[Tensor], grads: list[Tensor], ms: list[Tensor], vs: list[Tensor], steps: list[int],
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+    settings: dict[str, Any],
 ) -> None:
     """Take one AdamW step on lists of tensors, in place; `steps` count from 1."""
-    torch._foreach_mul_(params, 1 - lr * weight_decay)
+    lr, (beta1, beta2) = settings["lr"], settings["betas"]
+    torch._foreach_mul_(params, 1 - lr * settings["weight_decay"])
     torch._foreach_lerp_(ms, grads, 1 - beta1)
     torch._foreach_mul_(vs, beta2)
     torch._foreach_addcmul_(vs, grads, grads, 1 - beta2)
     denominators = torch._foreach_sqrt(vs)
     torch._foreach_div_(denominators, [math.sqrt(1 - beta2**t) for t in steps])
-    torch._foreach_add_(denominators, eps)
+    torch._foreach_add_(denominators, settings["eps"])
     torch._foreach_addcdiv_(params, ms, denominators, [-lr / (1 - beta1**t) for t in steps])
 
-# %% ../nbs/04_optim.ipynb #a802977c
+# %% ../nbs/04_optim.ipynb #ea01acbd
 class AdamW(torch.optim.Optimizer):
     """Update parameters by Adam with decoupled weight decay (Loshchilov and Hutter 2017, arXiv 1711.05101).
 
@@ -74,10 +75,9 @@ class AdamW(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             states = [self._remember(p) for p in params]
             if params:
-                _adamw_update(
-                    params, [p.grad for p in params], [s["m"] for s in states], [s["v"] for s in states],
-                    [s["step"] for s in states], group["lr"], *group["betas"], group["eps"], group["weight_decay"],
-                )
+                grads = [p.grad for p in params]
+                ms, vs, steps = ([state[key] for state in states] for key in ("m", "v", "step"))
+                _adamw_update(params, grads, ms, vs, steps, group)
         return loss
 
     def _remember(self, p: Tensor) -> dict[str, Any]:
