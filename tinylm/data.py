@@ -204,7 +204,7 @@ def _steps(words: str, rules: _Rules) -> list[tuple]:
     steps.append((_SAY, words[at:], None))
     return [step for step in reversed(steps) if step[1]]
 
-# %% ../nbs/00_data.ipynb #1d46cca7
+# %% ../nbs/00_data.ipynb #13c08d4f
 class _Rule(NamedTuple):
     cumulative: list[float]  # running sums of the options' probabilities; the last is 1
     nats: list[float]  # -log(probability) of each option
@@ -222,7 +222,7 @@ def _compile(text: str) -> Grammar:
         total = sum(weights)
         grammar[name] = _Rule(
             [part / total for part in accumulate(weights)],
-            [-log(weight / total) for weight in weights],
+            [log(total / weight) for weight in weights],
             [_steps(re.sub(r"\s*¶\s*", "\n\n", words), rules) for _, words, _ in options],
         )
     return grammar
