@@ -221,7 +221,7 @@ def test_an_id_that_the_tokenizer_lacks_is_shown_as_unknown(bytes_tokenizer):
 
 
 def test_a_story_starts_after_end_of_text(bytes_tokenizer):
-    assert start_ids(bytes_tokenizer, "Hi") == [256, 72, 105]
-    assert start_ids(bytes_tokenizer) == [256]
+    assert start_ids(bytes_tokenizer, "Hi") == [256, 10, 72, 105]
+    assert start_ids(bytes_tokenizer) == [256, 10]
     plain = Tokenizer({i: bytes([i]) for i in range(256)}, [])
-    assert start_ids(plain, "Hi") == [72, 105]
+    assert start_ids(plain, "Hi") == [10, 72, 105]

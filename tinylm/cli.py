@@ -103,7 +103,7 @@ def _complaint(error: SystemExit, words: str, given: Given, kinds: dict[str, Any
             return InputError(f"{what}; see `tinylm {verb} --help`")
     return InputError(f"{' '.join(re.sub('[│╭╮╰╯─]', ' ', words).split())}; see `tinylm {verb} --help`")
 
-# %% ../nbs/10_cli.ipynb #f498b17a
+# %% ../nbs/10_cli.ipynb #f2b02bfe
 def _parse(
     kind: type[Options], argv: Sequence[str], verb: str, default: Options | None = None, max_loose: int = 0
 ) -> tuple[Options, list[str], set[str]]:
@@ -111,7 +111,8 @@ def _parse(
     kinds = get_type_hints(kind)
     given, loose = _sort(argv, kinds, verb)
     if len(loose) > max_loose:
-        raise InputError(f"unexpected argument {loose[max_loose]!r}; flags begin with --; see `tinylm {verb} --help`")
+        what = f"unexpected argument {loose[max_loose]!r}; flags begin with --, text with spaces needs quotes"
+        raise InputError(f"{what}; see `tinylm {verb} --help`")
     words, tokens = io.StringIO(), [token for pair in given.values() for token in pair]
     try:
         with contextlib.redirect_stderr(words):
@@ -120,19 +121,20 @@ def _parse(
         raise _complaint(error, words.getvalue(), given, kinds, verb) from None
     return options, loose, set(given)
 
-# %% ../nbs/10_cli.ipynb #883cbc53
-def _help(kind: type[Any], verb: str, usage: str = "", default: Any = None) -> int:
-    "Print the help of a verb."
+# %% ../nbs/10_cli.ipynb #eeba60f4
+def _help(kind: type[Any], prog: str, default: Any = None, description: str | None = None) -> int:
+    "Print what flags there are."
     with contextlib.suppress(SystemExit):
-        tyro.cli(kind, args=["--help"], prog=f"tinylm {verb}{usage}", default=default or kind(), use_underscores=True)
+        tyro.cli(kind, args=["--help"], prog=prog, description=description,
+                 default=default or kind(), use_underscores=True)
     return 0
 
-# %% ../nbs/10_cli.ipynb #11ef2b38
+# %% ../nbs/10_cli.ipynb #dc58423c
 @dataclass(frozen=True)
 class DataOptions:
     """Make or fetch a corpus, then show its sizes and its first story.
 
-    NAME is fables (made here, the default), tinystories, owt (both fetched once), or the path of a .txt or .txt.gz file."""
+    NAME is fables (made here, the default), tinystories or owt (fetched once), or the path of a .txt[.gz] file."""
 
     val_corpus: str | None = None  # validation text for a corpus given by path; None holds out its last documents
     data_dir: str = "data"  # folder that keeps the corpora
@@ -201,12 +203,13 @@ def _train_config(argv: Sequence[str]) -> "tuple[TrainConfig, set[str]]":
     config, _, names = _parse(TrainConfig, argv, "train", PRESETS.get(preset, PRESETS["laptop"]))
     return config, names
 
-# %% ../nbs/10_cli.ipynb #4fec3150
+# %% ../nbs/10_cli.ipynb #a3e90723
 def _story(model: "TransformerLM", tokenizer: "Tokenizer", step: int) -> str:
     "Let a model tell the beginning of a story; always the same draws, so that stories compare over time."
     from tinylm.generate import start_ids, stream, stream_text
 
-    ids = stream(model, start_ids(tokenizer), 200, temperature=0.8, top_p=0.9, stop_id=_end(tokenizer))
+    end, begin = _end(tokenizer), start_ids(tokenizer)
+    ids = stream(model, begin, 200, temperature=0.8, top_p=0.9, stop_id=end)
     return "".join(stream_text(tokenizer, ids)).strip()
 
 
@@ -214,7 +217,7 @@ def _end(tokenizer: "Tokenizer") -> int | None:
     "Find the id of `<|endoftext|>`, if the tokenizer has it."
     return tokenizer.encode(END_OF_TEXT)[0] if END_OF_TEXT in tokenizer.special_tokens else None
 
-# %% ../nbs/10_cli.ipynb #c237cc5f
+# %% ../nbs/10_cli.ipynb #1d2ac2e1
 def _train(argv: Sequence[str]) -> int:
     "Run `tinylm train`."
     from tinylm.train import Diverged, resume, train
@@ -227,7 +230,7 @@ def _train(argv: Sequence[str]) -> int:
         if config.resume is not None:
             run = resume(config.resume, on_eval=_story, max_steps=config.max_steps)
         else:
-            print(_plan(config), file=sys.stderr)
+            print(_plan(config), flush=True)
             run = train(config, on_eval=_story)
     except Diverged as error:
         print(f"tinylm: {error}", file=sys.stderr)
@@ -281,7 +284,7 @@ def _run_and_prompt(loose: list[str]) -> tuple[Path, str]:
         return Path(first), second
     return _newest_run(), first
 
-# %% ../nbs/10_cli.ipynb #4f76b8d9
+# %% ../nbs/10_cli.ipynb #aef2d489
 def _tell(model: "TransformerLM", tokenizer: "Tokenizer", prompt: str, options: GenerateOptions, seed: int) -> None:
     "Write `num` stories to standard output as they come; story r is that of seed + r."
     from tinylm.generate import start_ids, stream, stream_text
@@ -290,20 +293,11 @@ def _tell(model: "TransformerLM", tokenizer: "Tokenizer", prompt: str, options: 
     for r in range(options.num):
         ids = stream(model, start_ids(tokenizer, prompt), options.max_new_tokens,
                      stop_id=_end(tokenizer), seed=seed + r, **choice)
-        text = stream_text(tokenizer, ids)
+        piece = prompt
         print(prompt, end="", flush=True)
-        for piece in text if prompt else _lstrip(text):
+        for piece in stream_text(tokenizer, ids):
             print(piece, end="", flush=True)
-        print("\n" if r < options.num - 1 else "")
-
-
-def _lstrip(pieces: Iterator[str]) -> Iterator[str]:
-    "Leave out the white space at the very beginning."
-    begun = False
-    for piece in pieces:
-        piece = piece if begun else piece.lstrip()
-        begun = begun or bool(piece)
-        yield piece
+        print("\n" * (not piece.endswith("\n")), end="\n" if r < options.num - 1 else "", flush=True)
 
 # %% ../nbs/10_cli.ipynb #c507c2f3
 def _generate(argv: Sequence[str]) -> int:
@@ -345,17 +339,20 @@ def _overview() -> str:
             "Begin with `tinylm train`, then `tinylm generate`.\n"
             "`tinylm VERB --help` shows the options of a verb; `tinylm --version` the version.")
 
-# %% ../nbs/10_cli.ipynb #ea938fbc
+# %% ../nbs/10_cli.ipynb #94b1cfec
 def _help_of(verb: str, argv: Sequence[str]) -> int:
     "Print the help of a verb."
     if verb == "train":
         from tinylm.train import PRESETS, TrainConfig
 
         preset = next((name for name in PRESETS if name in argv or f"--preset={name}" in argv), "laptop")
-        return _help(TrainConfig, verb, default=PRESETS[preset])
+        about = ("Train a model, making corpus, tokenizer and token files first where they are missing."
+                 f" A preset gives the defaults (here: {preset}), and each flag overrides one."
+                 " With --resume RUN only --max_steps may be given.")
+        return _help(TrainConfig, "tinylm train", PRESETS[preset], about)
     kind, usage = {"data": (DataOptions, " [NAME]"), "tokenize": (TokenizeOptions, ""),
                    "generate": (GenerateOptions, " [RUN] [PROMPT]")}[verb]
-    return _help(kind, verb, usage)
+    return _help(kind, f"tinylm {verb}{usage}")
 
 
 def _dispatch(argv: Sequence[str]) -> int:

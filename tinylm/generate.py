@@ -20,14 +20,14 @@ from .layers import softmax
 from .model import TransformerLM
 from .tokenizer import Tokenizer
 
-# %% ../nbs/07_generate.ipynb #ce90c207
+# %% ../nbs/07_generate.ipynb #2809cead
 def start_ids(
     tokenizer: Tokenizer,
     text: str = "",  # how the story begins; "" leaves all of it to the model
-) -> list[int]:  # `<|endoftext|>`, if the tokenizer has it, then the ids of `text`
-    "Turn the beginning of a story into a prompt."
-    special = tokenizer.encode(END_OF_TEXT) if END_OF_TEXT in tokenizer.special_tokens else []
-    return special + tokenizer.encode(text)
+) -> list[int]:  # `<|endoftext|>` if the tokenizer has it, a line break, the ids of `text`
+    "Turn the beginning of a story into a prompt, as stories begin in a corpus."
+    before = END_OF_TEXT if END_OF_TEXT in tokenizer.special_tokens else ""
+    return tokenizer.encode(f"{before}\n{text}")
 
 # %% ../nbs/07_generate.ipynb #5d3a8331
 def pick_id(
