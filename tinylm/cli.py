@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Options', 'Given', 'DataOptions', 'TokenizeOptions', 'GenerateOptions', 'main']
 
-# %% ../nbs/10_cli.ipynb #f7aa4a85
+# %% ../nbs/10_cli.ipynb #e42c42f5
 import contextlib
 import difflib
 import io
@@ -20,17 +20,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
 from . import __version__
 from .data import END_OF_TEXT, InputError, fetch_corpus, read_documents
-
-if TYPE_CHECKING:
-    from tinylm.model import TransformerLM
-    from tinylm.tokenizer import Tokenizer
-    from tinylm.train import TrainConfig
 
 # %% ../nbs/10_cli.ipynb #3ac56cc0
 Options = TypeVar("Options")
@@ -139,7 +134,7 @@ class DataOptions:
     val_corpus: str | None = None  # validation text for a corpus given by path; None holds out its last documents
     data_dir: str = "data"  # folder that keeps the corpora
 
-# %% ../nbs/10_cli.ipynb #82277b6b
+# %% ../nbs/10_cli.ipynb #3608cf63
 def _size(num_bytes: float) -> str:
     "Write a number of bytes for people."
     for unit in ("bytes", "kB", "MB"):
@@ -148,7 +143,7 @@ def _size(num_bytes: float) -> str:
         num_bytes /= 1000
     return f"{num_bytes:.1f} GB"
 
-
+# %% ../nbs/10_cli.ipynb #ceb106b2
 def _data(argv: Sequence[str]) -> int:
     "Run `tinylm data`."
     options, loose, _ = _parse(DataOptions, argv, "data", max_loose=1)
@@ -193,8 +188,8 @@ def _tokenize(argv: Sequence[str]) -> int:
     print(f"{tokenizer.vocab_size:,} token ids; {seconds:.1f} seconds; fingerprint {tokenizer.fingerprint[:12]}")
     return 0
 
-# %% ../nbs/10_cli.ipynb #4a1332f0
-def _train_config(argv: Sequence[str]) -> "tuple[TrainConfig, set[str]]":
+# %% ../nbs/10_cli.ipynb #96e09a6b
+def _train_config(argv: Sequence[str]) -> tuple[Any, set[str]]:
     "Return the TrainConfig that the arguments describe, and the names of the flags that were given."
     from tinylm.train import PRESETS, TrainConfig
 
@@ -203,17 +198,17 @@ def _train_config(argv: Sequence[str]) -> "tuple[TrainConfig, set[str]]":
     config, _, names = _parse(TrainConfig, argv, "train", PRESETS.get(preset, PRESETS["laptop"]))
     return config, names
 
-# %% ../nbs/10_cli.ipynb #a3e90723
-def _story(model: "TransformerLM", tokenizer: "Tokenizer", step: int) -> str:
+# %% ../nbs/10_cli.ipynb #66dd151e
+def _story(model: Any, tokenizer: Any, step: int) -> str:
     "Let a model tell the beginning of a story; always the same draws, so that stories compare over time."
     from tinylm.generate import start_ids, stream, stream_text
 
-    end, begin = _end(tokenizer), start_ids(tokenizer)
-    ids = stream(model, begin, 200, temperature=0.8, top_p=0.9, stop_id=end)
-    return "".join(stream_text(tokenizer, ids)).strip()
+    ids = stream(model, start_ids(tokenizer), 200, temperature=0.8, top_p=0.9)
+    stories = "".join(stream_text(tokenizer, ids)).split(END_OF_TEXT)
+    return next((story.strip() for story in stories if story.strip()), "")
 
-
-def _end(tokenizer: "Tokenizer") -> int | None:
+# %% ../nbs/10_cli.ipynb #3c40cbe7
+def _end(tokenizer: Any) -> int | None:
     "Find the id of `<|endoftext|>`, if the tokenizer has it."
     return tokenizer.encode(END_OF_TEXT)[0] if END_OF_TEXT in tokenizer.special_tokens else None
 
@@ -238,8 +233,8 @@ def _train(argv: Sequence[str]) -> int:
     print(f"The run lies in {run}. To hear more:\n\n    tinylm generate {run} --num 3\n")
     return 0
 
-# %% ../nbs/10_cli.ipynb #4ff16cab
-def _plan(config: "TrainConfig") -> str:
+# %% ../nbs/10_cli.ipynb #249b1e7f
+def _plan(config: Any) -> str:
     "Say in a line what is about to be trained."
     from tinylm.model import num_parameters
 
@@ -265,7 +260,7 @@ class GenerateOptions:
     device: str = "auto"  # cpu, cuda, mps, or auto for the best one there is
     interactive: bool = False  # ask for one prompt after the other (also -i)
 
-# %% ../nbs/10_cli.ipynb #7d9aae27
+# %% ../nbs/10_cli.ipynb #1da457d2
 def _newest_run(folder: Path = Path("runs")) -> Path:
     "Find the run under `folder` whose checkpoint is the newest."
     checkpoints = list(folder.glob("*/checkpoints/step-*/state.json"))
@@ -273,7 +268,7 @@ def _newest_run(folder: Path = Path("runs")) -> Path:
         raise InputError(f"no run under {folder.resolve()}; make one with `tinylm train`, or name one")
     return max(checkpoints, key=lambda path: path.stat().st_mtime_ns).parents[2]
 
-
+# %% ../nbs/10_cli.ipynb #a0950648
 def _run_and_prompt(loose: list[str]) -> tuple[Path, str]:
     "Tell which of the arguments is the run and which the prompt."
     first, second = (loose + ["", ""])[:2]
@@ -284,8 +279,8 @@ def _run_and_prompt(loose: list[str]) -> tuple[Path, str]:
         return Path(first), second
     return _newest_run(), first
 
-# %% ../nbs/10_cli.ipynb #aef2d489
-def _tell(model: "TransformerLM", tokenizer: "Tokenizer", prompt: str, options: GenerateOptions, seed: int) -> None:
+# %% ../nbs/10_cli.ipynb #fb32777f
+def _tell(model: Any, tokenizer: Any, prompt: str, options: GenerateOptions, seed: int) -> None:
     "Write `num` stories to standard output as they come; story r is that of seed + r."
     from tinylm.generate import start_ids, stream, stream_text
 
@@ -293,11 +288,12 @@ def _tell(model: "TransformerLM", tokenizer: "Tokenizer", prompt: str, options: 
     for r in range(options.num):
         ids = stream(model, start_ids(tokenizer, prompt), options.max_new_tokens,
                      stop_id=_end(tokenizer), seed=seed + r, **choice)
-        piece = prompt
-        print(prompt, end="", flush=True)
+        print(piece := prompt, end="", flush=True)
         for piece in stream_text(tokenizer, ids):
             print(piece, end="", flush=True)
         print("\n" * (not piece.endswith("\n")), end="\n" if r < options.num - 1 else "", flush=True)
+        if piece == prompt:
+            print("tinylm: the model ended the story at once; it may need a longer training", file=sys.stderr)
 
 # %% ../nbs/10_cli.ipynb #c507c2f3
 def _generate(argv: Sequence[str]) -> int:
@@ -323,7 +319,7 @@ def _generate(argv: Sequence[str]) -> int:
             prompt, seed = "", seed + options.num
     return 0
 
-# %% ../nbs/10_cli.ipynb #57261034
+# %% ../nbs/10_cli.ipynb #d02c1307
 _VERBS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "data": ("make or fetch a corpus, and look at it", _data),
     "tokenize": ("train a tokenizer and encode a corpus", _tokenize),
@@ -331,7 +327,7 @@ _VERBS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "generate": ("tell stories with a trained model", _generate),
 }
 
-
+# %% ../nbs/10_cli.ipynb #fc29cd93
 def _overview() -> str:
     "Write the help of the command itself."
     verbs = "\n".join(f"  {name:10}{what}" for name, (what, _) in _VERBS.items())
@@ -339,7 +335,7 @@ def _overview() -> str:
             "Begin with `tinylm train`, then `tinylm generate`.\n"
             "`tinylm VERB --help` shows the options of a verb; `tinylm --version` the version.")
 
-# %% ../nbs/10_cli.ipynb #94b1cfec
+# %% ../nbs/10_cli.ipynb #9b622c41
 def _help_of(verb: str, argv: Sequence[str]) -> int:
     "Print the help of a verb."
     if verb == "train":
@@ -354,7 +350,7 @@ def _help_of(verb: str, argv: Sequence[str]) -> int:
                    "generate": (GenerateOptions, " [RUN] [PROMPT]")}[verb]
     return _help(kind, f"tinylm {verb}{usage}")
 
-
+# %% ../nbs/10_cli.ipynb #74ea19c9
 def _dispatch(argv: Sequence[str]) -> int:
     "Do what the arguments say."
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -370,7 +366,7 @@ def _dispatch(argv: Sequence[str]) -> int:
         raise InputError(f"unknown verb {verb!r}; {hint}see `tinylm --help`")
     return _help_of(verb, rest) if {"-h", "--help"} & set(rest) else _VERBS[verb][1](rest)
 
-# %% ../nbs/10_cli.ipynb #47a28ccc
+# %% ../nbs/10_cli.ipynb #97ac39f0
 class _Terminated(KeyboardInterrupt):
     "SIGTERM arrived; unwind as for Ctrl-C, so that temporary files are removed."
 
@@ -379,7 +375,7 @@ def _on_sigterm(signum: int, frame: Any) -> None:
     "Turn SIGTERM into an exception."
     raise _Terminated
 
-
+# %% ../nbs/10_cli.ipynb #9f75b6b6
 def _stopped(error: KeyboardInterrupt) -> int:
     "Say where things stand after a signal; return the exit code."
     print(f"\ntinylm: {error}" if str(error) else "\ntinylm: interrupted", file=sys.stderr)
