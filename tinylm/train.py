@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'get_batch', 'evaluate', 'evaluate_stories', 'fables_floor', 'TrainConfig', 'prepare', 'Diverged',
-           'train_step', 'save_checkpoint', 'load_checkpoint', 'Stopped', 'train', 'resume', 'load_run']
+           'train_step', 'save_checkpoint', 'load_checkpoint', 'Stopped', 'train', 'resume', 'load_run', 'plot_run',
+           'record_run']
 
-# %% ../nbs/05_train.ipynb #9d26e513
+# %% ../nbs/05_train.ipynb #b796916f
 import hashlib
 import json
 import math
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tinylm
-from .data import END_OF_TEXT, InputError, atomic_write, fable_logprob, fetch_corpus
+from .data import END_OF_TEXT, InputError, atomic_write, corpus_name, fable_logprob, fetch_corpus
 from .model import ModelConfig, TransformerLM
 from .optim import AdamW, clip_grad_norm, cosine_lr, cross_entropy
 from .tokenizer import TokenFile, Tokenizer, file_sha256, train_bpe
@@ -215,16 +216,16 @@ def _check_training(config: TrainConfig) -> None:
         cycle = config.cosine_cycle_iters
         raise InputError(f"warmup_iters {config.warmup_iters} must be less than cosine_cycle_iters {cycle}")
 
-# %% ../nbs/05_train.ipynb #00745964
+# %% ../nbs/05_train.ipynb #a9783d91
 PRESETS = {
     "debug": TrainConfig(
-        preset="debug", vocab_size=512, context_length=256, d_model=32, num_layers=2, num_heads=2, d_ff=96,
-        lr=1e-2, batch_size=8, warmup_iters=5, cosine_cycle_iters=40,
+        preset="debug", vocab_size=1792, context_length=256, d_model=32, num_layers=2, num_heads=2, d_ff=96,
+        lr=2e-2, batch_size=8, warmup_iters=5, cosine_cycle_iters=40,
         log_every=5, eval_every=20, eval_windows=16, checkpoint_every=20,
     ),
     "laptop": TrainConfig(
-        preset="laptop", vocab_size=1024, context_length=256, d_model=128, num_layers=4, num_heads=4, d_ff=352,
-        lr=4e-3, batch_size=16, warmup_iters=50, cosine_cycle_iters=800,
+        preset="laptop", vocab_size=1792, context_length=256, d_model=128, num_layers=4, num_heads=4, d_ff=352,
+        lr=1e-2, batch_size=8, warmup_iters=50, cosine_cycle_iters=800,
         log_every=10, eval_every=200, eval_windows=64, checkpoint_every=200,
     ),
     "reference": TrainConfig(preset="reference"),
@@ -241,14 +242,14 @@ def prepare(
     tokenizer, files, _ = _prepare(config)
     return tokenizer, *files
 
-# %% ../nbs/05_train.ipynb #f78ecb08
+# %% ../nbs/05_train.ipynb #42ed0177
 _Files = tuple[TokenFile, TokenFile]  # for training and for validation
 
 
 def _prepare(config: TrainConfig) -> tuple[Tokenizer, _Files, dict[str, Path]]:
     """Prepare tokenizer and token files; return the paths of the texts too."""
     paths = fetch_corpus(config.corpus, folder=config.data_dir, val_corpus=config.val_corpus)
-    folder = Path(config.data_dir) / _corpus_name(config.corpus) / f"vocab-{config.vocab_size}"
+    folder = Path(config.data_dir) / corpus_name(config.corpus) / f"vocab-{config.vocab_size}"
     sha256 = file_sha256(paths["train"])
     tokenizer = _load_tokenizer(folder, sha256)
     if tokenizer is None:
@@ -259,7 +260,7 @@ def _prepare(config: TrainConfig) -> tuple[Tokenizer, _Files, dict[str, Path]]:
     valid_file = _token_file(folder / "valid.bin", tokenizer, paths["valid"], file_sha256(paths["valid"]))
     return tokenizer, (train_file, valid_file), paths
 
-
+# %% ../nbs/05_train.ipynb #442028f7
 def _token_file(path: Path, tokenizer: Tokenizer, text: Path, sha256: str) -> TokenFile:
     """Reuse the token file of a text, or make it."""
     file = _usable(path, tokenizer, sha256)
@@ -268,7 +269,7 @@ def _token_file(path: Path, tokenizer: Tokenizer, text: Path, sha256: str) -> To
         file = tokenizer.encode_file(text, path)
     return file
 
-# %% ../nbs/05_train.ipynb #99c306c5
+# %% ../nbs/05_train.ipynb #21bd84f8
 def _load_tokenizer(folder: Path, train_sha256: str) -> Tokenizer | None:
     """Load the folder's tokenizer if it belongs to the training text with this checksum."""
     if not (folder / "tokenizer.json").exists():
@@ -276,7 +277,7 @@ def _load_tokenizer(folder: Path, train_sha256: str) -> Tokenizer | None:
     tokenizer = Tokenizer.load(folder)
     return tokenizer if _usable(folder / "train.bin", tokenizer, train_sha256) else None
 
-
+# %% ../nbs/05_train.ipynb #66a628d6
 def _usable(path: Path, tokenizer: Tokenizer, sha256: str) -> TokenFile | None:
     """Load a token file if it is whole and was made by this tokenizer from the text with this checksum."""
     if not path.exists():
@@ -288,12 +289,7 @@ def _usable(path: Path, tokenizer: Tokenizer, sha256: str) -> TokenFile | None:
         return None
     return file if (file.fingerprint, file.sha256) == (tokenizer.fingerprint, sha256) else None
 
-# %% ../nbs/05_train.ipynb #291917b7
-def _corpus_name(corpus: str) -> str:
-    """Shorten a corpus to a name for folders: a path becomes its file name without .txt and .gz."""
-    return Path(corpus).name.removesuffix(".gz").removesuffix(".txt")
-
-
+# %% ../nbs/05_train.ipynb #a2975540
 def _say(message: str) -> None:
     """Write a line to standard error, past a progress bar."""
     tqdm.write(message, file=sys.stderr)
@@ -347,7 +343,7 @@ def train_step(
     optimizer.step()
     return loss_value, norm_value
 
-# %% ../nbs/05_train.ipynb #b6f35980
+# %% ../nbs/05_train.ipynb #b0e260e0
 def _write_folder(out: Path, files: dict[str, bytes]) -> None:
     """Write a folder of files all at once: after a crash it is either whole or not there."""
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
@@ -370,7 +366,7 @@ def _write_folder(out: Path, files: dict[str, bytes]) -> None:
             raise InputError(message) from error
         raise
 
-
+# %% ../nbs/05_train.ipynb #2e5676ec
 def _sync_folder(folder: Path) -> None:
     """Make the disk store a folder's list of names (a no-op on Windows)."""
     if os.name != "nt":
@@ -378,13 +374,13 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
         os.close(descriptor)
 
-# %% ../nbs/05_train.ipynb #b9cdb96e
+# %% ../nbs/05_train.ipynb #e425ede4
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """List the names of the parameters in the order in which the optimizer counts them."""
     names = {id(p): name for name, p in model.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
-
+# %% ../nbs/05_train.ipynb #e4ca0952
 def _pack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split an optimizer's state into tensors and plain numbers, both under parameter names."""
     names, packed = _parameter_names(model, optimizer), optimizer.state_dict()
@@ -393,7 +389,7 @@ def _pack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple
     numbers = {key: value for key, value in state.items() if key not in tensors}
     return tensors, {"state": numbers, "param_groups": packed["param_groups"]}
 
-
+# %% ../nbs/05_train.ipynb #3ba13f43
 def _unpack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict, numbers: dict) -> None:
     """Put back what _pack_optimizer took."""
     index = {name: i for i, name in enumerate(_parameter_names(model, optimizer))}
@@ -421,7 +417,7 @@ def save_checkpoint(
     files["state.json"] = json.dumps({**state, "sha256": _checksums(files, state)}, indent=1).encode()
     _write_folder(Path(out), files)
 
-# %% ../nbs/05_train.ipynb #6a25439a
+# %% ../nbs/05_train.ipynb #2c5baf65
 _CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -431,7 +427,7 @@ def _checksums(files: dict[str, bytes], state: dict[str, Any]) -> dict[str, str]
     contents["state.json"] = json.dumps(state, sort_keys=True).encode()
     return {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
 
-
+# %% ../nbs/05_train.ipynb #c81463e9
 def _read_checkpoint(src: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Read a checkpoint's files and check them. Raises InputError naming the file that is missing or damaged."""
     try:
@@ -469,7 +465,7 @@ def load_checkpoint(
         _unpack_optimizer(model, optimizer, load_tensors(files["optimizer.safetensors"]), state["optimizer"])
     return state["iteration"]
 
-# %% ../nbs/05_train.ipynb #7509b42d
+# %% ../nbs/05_train.ipynb #e453b8b4
 _CHECKPOINTS_KEPT = 3
 
 
@@ -477,7 +473,7 @@ def _checkpoints(run_dir: Path) -> list[Path]:
     """List a run's checkpoints, the newest first."""
     return sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
 
-
+# %% ../nbs/05_train.ipynb #48748fd1
 def _load_newest(
     run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Any] | None:
@@ -537,7 +533,7 @@ class _Log:
         with open(self.run_dir / name, "a", encoding="utf-8") as file:
             file.write(text)
 
-# %% ../nbs/05_train.ipynb #47018f05
+# %% ../nbs/05_train.ipynb #af6c461f
 def _environment(device: str) -> dict[str, Any]:
     """Describe the machine and the versions in use."""
     cpu = platform.processor() or platform.machine()
@@ -551,7 +547,7 @@ def _environment(device: str) -> dict[str, Any]:
         "tinylm": tinylm.__version__,
     }  # fmt: skip
 
-
+# %% ../nbs/05_train.ipynb #246f03d6
 def _commit() -> str | None:
     """Find the commit of this code, if it lies in a git repository."""
     folder = Path(tinylm.__file__).parent
@@ -561,7 +557,7 @@ def _commit() -> str | None:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
-# %% ../nbs/05_train.ipynb #7aaa4597
+# %% ../nbs/05_train.ipynb #f6cca241
 def _describe_data(config: TrainConfig, tokenizer: Tokenizer, files: _Files, text: Path) -> dict[str, Any]:
     """Describe the data of a run: name, size and checksum of the corpus, and the Fables floor where it is known."""
     train_file, valid_file = files
@@ -570,12 +566,12 @@ def _describe_data(config: TrainConfig, tokenizer: Tokenizer, files: _Files, tex
     except InputError:
         floor = None
     return {
-        "name": _corpus_name(config.corpus), "bytes": text.stat().st_size, "tokens": train_file.count,
+        "name": corpus_name(config.corpus), "bytes": text.stat().st_size, "tokens": train_file.count,
         "sha256": train_file.sha256, "valid_tokens": valid_file.count, "valid_sha256": valid_file.sha256,
         "fingerprint": tokenizer.fingerprint, "floor": floor,
     }  # fmt: skip
 
-
+# %% ../nbs/05_train.ipynb #8ce78acd
 def _read_config(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """Read the config of a run, and all of config.json."""
     try:
@@ -631,68 +627,98 @@ class _StopSignals:
         for signum, handler in self.old.items():
             signal.signal(signum, handler)
 
-# %% ../nbs/05_train.ipynb #107b84d1
+# %% ../nbs/05_train.ipynb #bee73e25
 _OnEval = Callable[[TransformerLM, Tokenizer, int], str | None]
 
 
-def _run(
-    run_dir: Path, config: TrainConfig, tokenizer: Tokenizer, files: _Files, floor: float | None,
-    on_eval: _OnEval | None,
-) -> None:
-    """Train from the newest checkpoint, or from the start, to the last step."""
+@dataclass
+class _Run:
+    """A run in progress: what it is made of, and how far it is."""
+
+    folder: Path
+    config: TrainConfig
+    tokenizer: Tokenizer
+    train_tokens: np.ndarray
+    valid_tokens: np.ndarray
+    floor: float | None
+    on_eval: _OnEval | None
+    device: str
+    model: TransformerLM
+    optimizer: AdamW
+    log: _Log
+    step: int
+
+# %% ../nbs/05_train.ipynb #e44b5308
+def _open_run(
+    folder: Path, config: TrainConfig, tokenizer: Tokenizer, files: _Files, floor: float | None, on_eval: _OnEval | None
+) -> _Run:
+    """Build model and optimizer, and bring them to the newest checkpoint if there is one."""
     device = _pick_device(config.device)
     model = TransformerLM(config, seed=config.seed).to(device)
     betas = (config.beta1, config.beta2)
     optimizer = AdamW(model.parameters(), lr=config.lr, betas=betas, weight_decay=config.weight_decay)
-    state = _load_newest(run_dir, model, optimizer)
-    log, start = _Log(run_dir, state), state["iteration"] if state else 0
+    state = _load_newest(folder, model, optimizer)
     train_tokens, valid_tokens = (file.tokens() for file in files)
-    if start == 0:
-        log.line(config, 0, val_loss=evaluate(model, valid_tokens, config))
-    with _StopSignals() as stop, _progress(config, start) as bar:
-        for step in range(start + 1, config.last_step + 1):
-            began = time.perf_counter()
-            batch = _batch_of_step(train_tokens, config, step, device)
-            try:
-                loss, norm = train_step(model, optimizer, batch, config, step)
-            except Diverged:
-                log.line(config, step, diverged=True)
-                raise
-            log.pending.append([loss, norm, time.perf_counter() - began])
+    return _Run(
+        folder, config, tokenizer, train_tokens, valid_tokens, floor, on_eval, device, model, optimizer,
+        _Log(folder, state), state["iteration"] if state else 0,
+    )  # fmt: skip
+
+# %% ../nbs/05_train.ipynb #a21a7c66
+def _loop(run: _Run) -> None:
+    """Train to the last step."""
+    config, log = run.config, run.log
+    if run.step == 0:
+        log.line(config, 0, val_loss=evaluate(run.model, run.valid_tokens, config))
+    with _StopSignals() as stop, _progress(config, run.step) as bar:
+        while run.step < config.last_step and stop.signum is None:
+            run.step += 1
+            _take_step(run)
             _show(bar, config, log)
-            last = step == config.last_step
-            if step % config.eval_every == 0 or last:
-                _evaluate_and_log(log, config, model, tokenizer, valid_tokens, step, floor if last else None, on_eval)
-            elif step % config.log_every == 0:
-                log.line(config, step)
-            if step % config.checkpoint_every == 0 or last or stop.signum is not None:
-                _save(run_dir, model, optimizer, step, log)
-            if stop.signum is not None and not last:
-                raise Stopped(stop.signum, run_dir)
+            last = run.step == config.last_step
+            if run.step % config.eval_every == 0 or last:
+                _evaluate_and_log(run)
+            elif run.step % config.log_every == 0:
+                log.line(config, run.step)
+            if run.step % config.checkpoint_every == 0 or last or stop.signum is not None:
+                _save(run)
+    if stop.signum is not None and run.step < config.last_step:
+        raise Stopped(stop.signum, run.folder)
 
-# %% ../nbs/05_train.ipynb #47944b6e
-def _evaluate_and_log(
-    log: _Log, config: TrainConfig, model: TransformerLM, tokenizer: Tokenizer, tokens: np.ndarray, step: int,
-    floor: float | None, on_eval: _OnEval | None,
-) -> None:
-    """Measure the validation loss, and whole stories where a floor is given; let the callback tell a story."""
-    more = {}
-    if floor is not None:
-        more = {"story_loss": evaluate_stories(model, tokens, _end_id(tokenizer))[0], "floor": floor}
-    log.line(config, step, val_loss=evaluate(model, tokens, config), **more)
-    text = on_eval(model, tokenizer, step) if on_eval else None
+# %% ../nbs/05_train.ipynb #077c4e6d
+def _take_step(run: _Run) -> None:
+    """Take one step and note its loss, gradient norm and time; if it diverges, log that."""
+    began = time.perf_counter()
+    batch = _batch_of_step(run.train_tokens, run.config, run.step, run.device)
+    try:
+        loss, norm = train_step(run.model, run.optimizer, batch, run.config, run.step)
+    except Diverged:
+        run.log.line(run.config, run.step, diverged=True)
+        raise
+    run.log.pending.append([loss, norm, time.perf_counter() - began])
+
+# %% ../nbs/05_train.ipynb #4bf95aa9
+def _evaluate_and_log(run: _Run) -> None:
+    """Measure the validation loss, at the end whole stories too, and let the callback tell a story."""
+    more = {"val_loss": evaluate(run.model, run.valid_tokens, run.config)}
+    if run.floor is not None and run.step == run.config.last_step:
+        loss, _, _ = evaluate_stories(run.model, run.valid_tokens, _end_id(run.tokenizer))
+        more |= {"story_loss": loss, "floor": run.floor}
+    run.log.line(run.config, run.step, **more)
+    text = run.on_eval(run.model, run.tokenizer, run.step) if run.on_eval else None
     if text is not None:
-        log.append("samples.txt", f"=== step {step} ===\n{text}\n\n")
-        tqdm.write(f"--- after step {step}:\n{text}\n")
+        run.log.append("samples.txt", f"=== step {run.step} ===\n{text}\n\n")
+        tqdm.write(f"--- after step {run.step}:\n{text}\n")
 
-
-def _save(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, log: _Log) -> None:
-    """Write the checkpoint of a step, then remove the oldest beyond those kept."""
-    save_checkpoint(model, optimizer, step, run_dir / "checkpoints" / f"step-{step:08d}", log.state())
-    for old in _checkpoints(run_dir)[_CHECKPOINTS_KEPT:]:
+# %% ../nbs/05_train.ipynb #1ee853f4
+def _save(run: _Run) -> None:
+    """Write the checkpoint of the current step, then remove the oldest beyond those kept."""
+    folder = run.folder / "checkpoints" / f"step-{run.step:08d}"
+    save_checkpoint(run.model, run.optimizer, run.step, folder, run.log.state())
+    for old in _checkpoints(run.folder)[_CHECKPOINTS_KEPT:]:
         shutil.rmtree(old)
 
-
+# %% ../nbs/05_train.ipynb #d09b726c
 def _progress(config: TrainConfig, start: int) -> tqdm:
     """Make a progress bar on standard error; one line every ten seconds where that is not a terminal."""
     interval = 0.5 if sys.stderr.isatty() else 10
@@ -706,7 +732,7 @@ def _show(bar: tqdm, config: TrainConfig, log: _Log) -> None:
     bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
     bar.update()
 
-# %% ../nbs/05_train.ipynb #810e6836
+# %% ../nbs/05_train.ipynb #bdf1b6c0
 def train(
     config: TrainConfig,  # the whole description of the run
     on_eval: _OnEval | None = None,  # called as (model, tokenizer, step) after evaluations; returns text to keep
@@ -716,7 +742,7 @@ def train(
     Raises InputError for a mistake that the user can mend, Diverged if the loss stops being finite, and
     Stopped when a signal asked for it.
     """
-    stamp = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{_corpus_name(config.corpus)}-{config.preset}"
+    stamp = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{corpus_name(config.corpus)}-{config.preset}"
     run_dir = Path(config.run_dir or f"runs/{stamp}")
     if run_dir.exists():
         raise InputError(f"{run_dir}: exists already; choose another --run_dir, or go on with --resume {run_dir}")
@@ -729,11 +755,11 @@ def train(
     tokenizer.save(run_dir / "tokenizer")
     with atomic_write(run_dir / "config.json", "w") as file:
         json.dump({**asdict(replace(config, run_dir=str(run_dir))), **about}, file, indent=1)
-    _run(run_dir, config, tokenizer, files, data["floor"], on_eval)
+    _loop(_open_run(run_dir, config, tokenizer, files, data["floor"], on_eval))
     _report(run_dir)
     return run_dir
 
-# %% ../nbs/05_train.ipynb #5c56fccd
+# %% ../nbs/05_train.ipynb #e60f40d1
 def resume(
     run_dir: str | Path,  # the folder of a run that was stopped, killed or finished
     on_eval: _OnEval | None = None,  # as in train
@@ -754,7 +780,7 @@ def resume(
         raise InputError(f"{run_dir}: corpus {config.corpus} is not the one that the run began with; start a new run")
     for leftover in (run_dir / "checkpoints").glob(".*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    _run(run_dir, config, tokenizer, files, saved["data"]["floor"], on_eval)
+    _loop(_open_run(run_dir, config, tokenizer, files, saved["data"]["floor"], on_eval))
     _report(run_dir)
     return run_dir
 
@@ -771,7 +797,7 @@ def load_run(
         raise InputError(f"{run_dir}: the run has no checkpoint yet")
     return model.to(_pick_device(device)), Tokenizer.load(run_dir / "tokenizer"), config
 
-# %% ../nbs/05_train.ipynb #bd1a1299
+# %% ../nbs/05_train.ipynb #cd847502
 def _report(run_dir: Path) -> None:
     """Print how a run ended, with the excess over the floor where it is known."""
     last = _read_metrics(run_dir)[-1]
@@ -781,8 +807,68 @@ def _report(run_dir: Path) -> None:
         line += f"; on whole stories {loss:.4f}, and the floor is {floor:.4f}: excess {loss - floor:.4f}"
     tqdm.write(line)
 
-
+# %% ../nbs/05_train.ipynb #a6fa2edb
 def _read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Read the lines of a run's log."""
     with open(run_dir / "metrics.jsonl", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+# %% ../nbs/05_train.ipynb #50d03774
+def _read_run(source: Path) -> tuple[str, list[dict[str, Any]], float | None]:
+    """Read name, curve and floor from a run folder or from a record."""
+    if source.is_dir():
+        _, saved = _read_config(source)
+        return source.name, _read_metrics(source), saved["data"]["floor"]
+    try:
+        record = json.loads(source.read_text(encoding="utf-8"))
+        return source.stem, record["curve"], record["corpus"]["floor"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{source}: neither a run folder nor a record of one") from error
+
+# %% ../nbs/05_train.ipynb #1d59ec6e
+def _column(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Collect the steps at which a value was logged, and the values."""
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+# %% ../nbs/05_train.ipynb #b5390a8c
+def plot_run(
+    source: str | Path,  # a run folder, or a record made by record_run
+) -> Any:  # a matplotlib Figure
+    """Draw the losses of a run with the Fables floor, its learning rate and its gradient norm."""
+    import matplotlib.pyplot as plt
+
+    name, rows, floor = _read_run(Path(source))
+    figure, axes = plt.subplot_mosaic([["loss", "lr"], ["loss", "norm"]], width_ratios=[2.2, 1], figsize=(7.6, 3.6))
+    axes["loss"].plot(*_column(rows, "train_loss"), label="training", lw=1.2)
+    axes["loss"].plot(*_column(rows, "val_loss"), label="validation", marker="o", ms=4)
+    if floor is not None:
+        axes["loss"].axhline(floor, color="black", ls=":", lw=1.2, label=f"floor {floor:.3f}")
+    axes["loss"].set(xlabel="step", ylabel="loss (nats per token)", title=name, yscale="log")
+    axes["loss"].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes["loss"].yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+    axes["loss"].legend()
+    axes["lr"].plot(*_column(rows, "lr"))
+    axes["lr"].set(ylabel="learning rate", xticklabels=[])
+    axes["norm"].plot(*_column(rows, "grad_norm"))
+    axes["norm"].set(xlabel="step", ylabel="gradient norm", yscale="log")
+    return figure
+
+# %% ../nbs/05_train.ipynb #47ef3ee5
+def record_run(
+    run_dir: str | Path,  # the folder of a run that is finished or has diverged
+    dst: str | Path,  # the JSON file to write
+) -> dict[str, Any]:  # what was written
+    """Write the record of a run: config, corpus, commit, environment, curve, divergence and best validation loss."""
+    config, saved = _read_config(Path(run_dir))
+    curve = _read_metrics(Path(run_dir))
+    validation = _column(curve, "val_loss")[1]
+    record = {
+        "config": asdict(config), "corpus": saved["data"], "commit": saved["commit"],
+        "environment": saved["environment"],
+        "diverged_at_step": next((row["step"] for row in curve if row.get("diverged")), None),
+        "best_val_loss": min(validation, default=None), "curve": curve,
+    }  # fmt: skip
+    with atomic_write(dst, "w") as file:
+        json.dump(record, file)
+    return record
