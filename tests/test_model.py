@@ -1,0 +1,239 @@
+"""The model beyond its chapter: equal to Hugging Face's Llama, safe switches, caches, number types, compiler."""
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from tinylm.data import InputError
+from tinylm.layers import RMSNorm
+from tinylm.model import ModelConfig, TransformerLM, flops_per_token, memory_table, num_parameters
+from tinylm.rope import RotaryPositionalEmbedding, apply_rope
+
+SMALL = ModelConfig(vocab_size=61, context_length=24, d_model=32, num_layers=3, num_heads=4, d_ff=72)
+SHAPES = [
+    SMALL,
+    replace(SMALL, num_heads=1, rope_theta=500.0),
+    replace(SMALL, num_heads=16, d_ff=40, num_layers=1),  # heads of two features: a single pair each
+    replace(SMALL, d_model=96, num_heads=6, context_length=64),
+]
+VARIANTS = [{}, {"norm": "post"}, {"norm": "none"}, {"use_rope": False}, {"ffn": "silu"}]
+
+
+def random_ids(config: ModelConfig, batch: int = 3, length: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(0, config.vocab_size, (batch, length or config.context_length), generator=generator)
+
+
+def shaken(config: ModelConfig, seed: int = 0) -> TransformerLM:
+    "A model whose gains are not all one, as after training."
+    model = TransformerLM(config, seed=seed)
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(1))
+    return model.eval()
+
+
+def half_split(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    "Reorder the rows of a q or k matrix from pairs (2i, 2i+1) to pairs (i, i + K/2), head by head."
+    return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
+
+
+def as_llama(model: TransformerLM, permute: bool = True):
+    "Put the weights into transformers' own Llama."
+    transformers = pytest.importorskip("transformers")
+    config, names = model.config, {
+        "token_embeddings": "model.embed_tokens", "layers.": "model.layers.", "ln_final": "model.norm",
+        "attn.output_proj": "self_attn.o_proj", "attn.": "self_attn.",
+        "ln1": "input_layernorm", "ln2": "post_attention_layernorm",
+        "ffn.w1": "mlp.gate_proj", "ffn.w2": "mlp.down_proj", "ffn.w3": "mlp.up_proj",
+    }  # fmt: skip
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if permute and ("q_proj" in name or "k_proj" in name):
+            tensor = half_split(tensor, config.num_heads)
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs) if theirs not in name else name
+        state[name] = tensor.clone()
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
+        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, rms_norm_eps=1e-5,
+        max_position_embeddings=config.context_length, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+    ))  # fmt: skip
+    llama.load_state_dict(state)
+    return llama.eval()
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=("small", "one head", "pairs", "wide"))
+@torch.no_grad()
+def test_logits_equal_llama_in_32_bits(config):
+    model, ids = shaken(config), random_ids(config)
+    assert_close(model(ids), as_llama(model)(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=("small", "one head", "pairs", "wide"))
+@torch.no_grad()
+def test_logits_equal_llama_in_64_bits(config):
+    model, ids = shaken(config), random_ids(config)
+    llama = as_llama(model).double()
+    # transformers computes its angles and its norms in 32 bits, whatever the model's type. Give it our tables and
+    # PyTorch's norm: all else must agree to the last digits.
+    rope = model.layers[0].attn.rope
+    tables = [torch.cat([table, table], -1)[None].double() for table in (rope.cos, rope.sin)]
+    llama.model.rotary_emb.forward = lambda *args, **kwargs: tables
+    for norm in (module for module in llama.modules() if type(module).__name__ == "LlamaRMSNorm"):
+        norm.forward = lambda x, norm=norm: F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+    assert_close(model.double()(ids), llama(ids).logits, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_forgotten_permutation_would_be_noticed():
+    model, ids = shaken(SMALL), random_ids(SMALL)
+    assert (model(ids) - as_llama(model, permute=False)(ids).logits).abs().max() > 1e-2
+
+
+def test_gradients_equal_llama():
+    model, ids = shaken(SMALL), random_ids(SMALL)
+    llama = as_llama(model)
+    for logits in (model(ids), llama(ids).logits):
+        logits.square().mean().backward()
+    pairs = {"lm_head": llama.lm_head, "token_embeddings": llama.model.embed_tokens, "ln_final": llama.model.norm}
+    for name, theirs in pairs.items():
+        assert_close(getattr(model, name).weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-6)
+    ours = half_split(model.layers[0].attn.q_proj.weight.grad, SMALL.num_heads)
+    assert_close(ours, llama.model.layers[0].self_attn.q_proj.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+class GrowingCache:
+    kv = None
+
+    def append(self, k, v):
+        self.kv = (k, v) if self.kv is None else (torch.cat([self.kv[0], k], -2), torch.cat([self.kv[1], v], -2))
+        return self.kv
+
+
+@pytest.mark.parametrize("change", VARIANTS, ids=str)
+@pytest.mark.parametrize("cuts", [range(25), (0, 5, 6, 13, 24), (0, 23, 24)], ids=("single", "chunks", "prompt"))
+@torch.no_grad()
+def test_cached_logits_equal_the_full_pass(change, cuts):
+    config = replace(SMALL, **change)
+    model, ids = shaken(config).double(), random_ids(config)
+    caches = [GrowingCache() for _ in range(config.num_layers)]
+    parts = [model(ids[:, a:b], torch.arange(a, b), caches) for a, b in pairwise(cuts)]
+    assert_close(torch.cat(parts, 1), model(ids), rtol=1e-9, atol=1e-9)
+
+
+def test_filled_cache_without_positions_is_refused():
+    model, ids, caches = shaken(SMALL), random_ids(SMALL), [GrowingCache() for _ in range(SMALL.num_layers)]
+    model(ids[:, :4], caches=caches)
+    with pytest.raises(InputError, match="token_positions"):
+        model(ids[:, 4:5], caches=caches)
+
+
+@pytest.mark.parametrize("change", VARIANTS, ids=str)
+@torch.no_grad()
+def test_no_variant_sees_the_future(change):
+    config = replace(SMALL, **change)
+    model, ids = shaken(config), random_ids(config)
+    changed = ids.clone()
+    changed[:, 11] = (changed[:, 11] + 1) % config.vocab_size
+    difference = (model(ids) - model(changed)).abs().amax((0, 2))
+    assert difference[:11].max() == 0 and difference[11:].min() > 0
+
+
+@pytest.mark.parametrize("change", VARIANTS, ids=str)
+def test_every_parameter_counts_and_learns(change):
+    config = replace(SMALL, **change)
+    model = TransformerLM(config)
+    assert sum(p.numel() for p in model.parameters()) == num_parameters(config)
+    model(random_ids(config)).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_variants_with_one_seed_share_their_start():
+    states = [TransformerLM(replace(SMALL, **change), seed=7).state_dict() for change in VARIANTS]
+    for state in states[1:]:
+        common = [name for name in state if name in states[0] and state[name].shape == states[0][name].shape]
+        assert len(common) > 12 and all(state[name].equal(states[0][name]) for name in common)
+    deeper = TransformerLM(replace(SMALL, num_layers=5), seed=7).state_dict()
+    assert all(tensor.equal(deeper[name]) for name, tensor in states[0].items())
+
+
+def test_start_depends_on_seed_and_name_alone():
+    torch.manual_seed(1)
+    state = TransformerLM(SMALL, seed=7).state_dict()
+    before = torch.random.get_rng_state()
+    again = TransformerLM(SMALL, seed=7).state_dict()
+    assert torch.random.get_rng_state().equal(before), "building a model must leave the global generator alone"
+    assert all(tensor.equal(again[name]) for name, tensor in state.items())
+    assert not state["layers.0.attn.q_proj.weight"].equal(state["layers.0.attn.k_proj.weight"])
+    assert not state["layers.0.attn.q_proj.weight"].equal(state["layers.1.attn.q_proj.weight"])
+
+
+@pytest.mark.parametrize("change, fragment", [
+    ({"num_heads": 5}, "multiple of num_heads"), ({"num_heads": 32}, "must be even"),
+    ({"d_ff": 0}, "d_ff must be at least 1"), ({"num_layers": -1}, "num_layers must be"),
+    ({"norm": "layer"}, "pre, post, none"), ({"ffn": "relu"}, "swiglu, silu"),
+    ({"rope_theta": 0.0}, "rope_theta"), ({"rope_theta": float("nan")}, "rope_theta"),
+])  # fmt: skip
+def test_impossible_shapes_are_refused_in_one_line(change, fragment):
+    with pytest.raises(InputError, match=fragment) as caught:
+        replace(SMALL, **change)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_long_a_text_is_refused_and_nope_takes_it():
+    ids = random_ids(SMALL, length=25)
+    with pytest.raises(InputError, match="25 tokens"):
+        TransformerLM(SMALL)(ids)
+    assert TransformerLM(replace(SMALL, use_rope=False))(ids).shape == (3, 25, 61)
+    longer = TransformerLM(replace(SMALL, context_length=48))
+    longer.load_state_dict(TransformerLM(SMALL, seed=3).state_dict())  # the tables are no part of a checkpoint
+    assert_close(longer(ids[:, :24]), TransformerLM(SMALL, seed=3)(ids[:, :24]))
+
+
+@pytest.mark.parametrize("shape, positions", [((3, 9, 8), (9,)), ((3, 9, 8), (3, 9)), ((3, 2, 9, 8), (9,)),
+                                              ((3, 2, 9, 8), (3, 9)), ((3, 2, 9, 8), (3, 2, 9)), ((9, 8), (9,))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rope_lines_positions_up_with_the_leading_axes(shape, positions, dtype):
+    rope, x = RotaryPositionalEmbedding(10_000.0, 8, 32), torch.randn(shape).to(dtype)
+    at = torch.randint(0, 32, positions)
+    rotated = rope(x, at)
+    assert rotated.dtype == dtype and rotated.shape == x.shape
+    heads = at[:, None] if len(positions) == 2 and len(shape) == 4 else at
+    for index in torch.cartesian_prod(*(torch.arange(n) for n in shape[:-1])).reshape(-1, len(shape) - 1).tolist():
+        m = heads.expand(shape[:-1])[tuple(index)]
+        assert_close(rotated[tuple(index)], apply_rope(x[tuple(index)], rope.cos[m], rope.sin[m]), rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("view", [lambda t: t[..., ::2], lambda t: t[..., 1:9], lambda t: t.transpose(0, 1)[..., :8]])
+def test_rope_takes_any_memory_layout(view):
+    rope, x = RotaryPositionalEmbedding(10_000.0, 8, 32), view(torch.randn(5, 5, 16))
+    x.requires_grad_()
+    expected = apply_rope(x, rope.cos[: x.shape[-2]], rope.sin[: x.shape[-2]])
+    assert_close(rope(x), expected)
+    ours, theirs = (torch.autograd.grad(y.square().mul(torch.arange(8)).sum(), x)[0] for y in (rope(x), expected))
+    assert_close(ours, theirs)
+
+
+@torch.no_grad()
+def test_low_precision_stays_near_full_precision():
+    model, ids = shaken(SMALL), random_ids(SMALL)
+    exact = model(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (model(ids) - exact).abs().max() < 0.1
+    assert (model.bfloat16()(ids).float() - exact).abs().max() < 0.2
+
+
+def test_reference_numbers():
+    reference = ModelConfig()
+    assert num_parameters(reference) == 22_696_448
+    assert flops_per_token(reference) == 37_240_832
+    memory = memory_table(reference, batch_size=64)
+    assert memory["weights"] == memory["gradients"] == memory["optimizer"] // 2 == 4 * 22_696_448
+    double = memory_table(reference, batch_size=128)
+    assert double["activations"] == 2 * memory["activations"] and double["weights"] == memory["weights"]
