@@ -6,7 +6,7 @@
 __all__ = ['END_OF_TEXT', 'Grammar', 'InputError', 'atomic_write', 'open_text', 'read_documents', 'Choice', 'fables',
            'fable_logprob', 'corpus_name', 'fetch_corpus']
 
-# %% ../nbs/00_data.ipynb #679877fc
+# %% ../nbs/00_data.ipynb #19680c23
 import errno
 import gzip
 import hashlib
@@ -15,7 +15,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import sys
 import zlib
 
@@ -262,8 +261,10 @@ def _entropy(grammar: Grammar, rule: str = "story") -> float:
         before = after
     return total
 
-# %% ../nbs/00_data.ipynb #a4563b86
+# %% ../nbs/00_data.ipynb #68904b5b
 class Choice(NamedTuple):
+    "One choice of a story, or one word that repeats an earlier choice."
+
     start: int  # where in the story it was made
     end: int  # where the chosen word ends; the start again when a whole phrase was chosen
     name: str  # the rule that was told, the variable that was set, or the variable that was recalled
@@ -952,26 +953,39 @@ def _cannot_download(filename: str, endpoint: str, target: Path, err: Exception)
         "again (what has arrived is kept), or use a file of your own"
     )
 
-# %% ../nbs/00_data.ipynb #470c3ab0
+# %% ../nbs/00_data.ipynb #e09a03f4
+def _fetch_rest(url: str, part: Path, size: int | None, name: str) -> None:
+    "Append to a partial file what is missing from it; retries, and shows a progress bar."
+    from huggingface_hub.file_download import http_get
+
+    with open(part, "ab") as file:
+        if (have := file.tell()) != size:
+            headers = {"Accept-Encoding": "identity"}  # packed on the way, the positions would not match
+            http_get(url, file, resume_size=have, expected_size=size, headers=headers, displayed_filename=name)
+
+# %% ../nbs/00_data.ipynb #be937fb1
 def _download(repo: str, filename: str, folder: Path) -> Path:
     "Bring one file of a dataset from the Hugging Face Hub; it gets its name only when it is whole and checked."
-    target, unchecked = folder / filename, folder / "incomplete"
+    target = folder / filename
     if target.exists():
         return target
     import huggingface_hub as hub
 
+    url = hub.hf_hub_url(repo, filename, repo_type="dataset")
     try:
-        facts = hub.get_hf_file_metadata(hub.hf_hub_url(repo, filename, repo_type="dataset"))
-        version = facts.commit_hash
-        arrived = Path(hub.hf_hub_download(repo, filename, repo_type="dataset", revision=version, local_dir=unchecked))
+        about = hub.get_hf_file_metadata(url)
+        part = folder / "incomplete" / f"{re.sub('[^0-9A-Za-z]', '', str(about.etag))}-{filename}"
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with hub.utils.WeakFileLock(f"{part}.lock"):  # two runs may want the same corpus
+            if not target.exists():
+                _fetch_rest(about.location, part, about.size, filename)
+                _check_arrived(part, url, about.size, about.etag)
+                os.replace(part, target)
+    except InputError:
+        part.unlink()
+        raise
     except Exception as err:  # each version of the hub's library has its own network errors
         raise _cannot_download(filename, hub.constants.ENDPOINT, target, err) from err
-    try:
-        _check_arrived(arrived, f"{hub.constants.ENDPOINT}/datasets/{repo}/{filename}", facts.size, facts.etag)
-    except InputError:
-        shutil.rmtree(unchecked)
-        raise
-    os.replace(arrived, target)
     return target
 
 # %% ../nbs/00_data.ipynb #74bff05c
@@ -1006,7 +1020,7 @@ def corpus_name(
     name = re.sub(r"\.txt(\.gz)?$", "", Path(corpus).name)
     return f"my-{name}" if name == "fables" or name in _HUB else name
 
-# %% ../nbs/00_data.ipynb #d0d2d7b6
+# %% ../nbs/00_data.ipynb #a32cff60
 def fetch_corpus(
     corpus: str,  # "fables", "tinystories", "owt", or the path of your own .txt or .txt.gz file
     folder: str | os.PathLike[str] = "data",  # what is made or downloaded goes into FOLDER/NAME/
@@ -1021,7 +1035,6 @@ def fetch_corpus(
     elif corpus in _HUB:
         repo, files = _HUB[corpus]
         paths = {split: _download(repo, filename, home) for split, filename in files.items()}
-        shutil.rmtree(home / "incomplete", ignore_errors=True)
     elif not corpus.endswith((".txt", ".txt.gz")):
         expected = "fables, tinystories, owt or the path of a .txt or .txt.gz file"
         raise InputError(f"{corpus}: no such corpus; expected {expected}")
