@@ -28,6 +28,8 @@ from tinylm.tokenizer import (
     train_bpe_naive,
 )
 
+settings.register_profile("tinylm", deadline=None, derandomize=True)  # the same examples, on a busy machine too
+settings.load_profile("tinylm")
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 SPECIAL = [END_OF_TEXT, END_OF_TEXT * 2, "<|pad|>", " x "]
 
@@ -96,7 +98,7 @@ def test_merges_equal_the_naive_ones_on_any_text(text):
 
 
 @given(text=TEXTS, block_size=st.integers(1, 50))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_counts_do_not_depend_on_the_blocks(text, block_size, tmp_path_factory):
     path = tmp_path_factory.mktemp("blocks") / "x.txt"
     path.write_text("." + text, encoding="utf-8", newline="")
@@ -267,6 +269,15 @@ def test_streaming_memory_stays_constant(tokenizer):
 
     peak(20)  # fill the cache
     assert peak(400) < 1.5 * peak(40) + 100_000
+
+
+def test_text_without_a_cut_is_searched_a_bounded_number_of_times(monkeypatch):
+    from tinylm import tokenizer
+
+    searched = []
+    monkeypatch.setattr(tokenizer, "_safe_cut", lambda text, *_: searched.append(len(text)) or 0)
+    assert "".join(tokenizer._blocks(["a" * 100] * 10_000, [], 1000)) == "a" * 1_000_000
+    assert sum(searched) < 3_000_000
 
 
 def test_cache_is_bounded(tokenizer):
@@ -515,6 +526,17 @@ def test_failure_while_encoding_leaves_the_old_pair(tokenizer, token_file, corpu
         tokenizer.encode_file(corpus_path, token_file.path)
     assert TokenFile.load(token_file.path) == token_file and token_file.path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train.bin", "train.json"]
+
+
+def test_failure_before_the_description_marks_the_pair_as_unfinished(tokenizer, token_file, corpus_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tinylm.tokenizer.json.dump", fail)
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode_file(corpus_path, token_file.path)
+    with pytest.raises(InputError, match="unfinished"):
+        TokenFile.load(token_file.path)
 
 
 FULL_DISK = """

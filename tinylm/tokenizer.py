@@ -236,14 +236,14 @@ def _blocks(chunks: Iterable[str], special_tokens: Iterable[str], size: int) -> 
             enough = max(size, 2 * length)
     yield "".join(pending)
 
-# %% ../nbs/00_tokenizer.ipynb #eb3c429f
+# %% ../nbs/00_tokenizer.ipynb #1e2d19d1
 def _size(path: str | os.PathLike[str]) -> int:
     return os.path.getsize(path) if os.path.isfile(path) else 0
 
-def _read(path: str | os.PathLike[str]) -> Iterator[str]:
-    "Stream the text of a .txt or .txt.gz file; bytes that are not UTF-8 become U+FFFD."
+def _read(path: str | os.PathLike[str], size: int) -> Iterator[str]:
+    "Stream the text of a .txt or .txt.gz file, `size` characters at a time; bytes that are not UTF-8 become U+FFFD."
     with io.TextIOWrapper(open_text(path), encoding="utf-8", errors="replace", newline="") as file:
-        while text := file.read(1 << 20):
+        while text := file.read(size):
             yield text
 
 # %% ../nbs/00_tokenizer.ipynb #e8b3dc95
@@ -265,7 +265,7 @@ def _count_blocks(blocks: Iterable[str], special_tokens: list[str], num_workers:
                 yield waiting.popleft().result()
         yield from (future.result() for future in waiting)
 
-# %% ../nbs/00_tokenizer.ipynb #ccb49bea
+# %% ../nbs/00_tokenizer.ipynb #74478696
 def count_pretokens(
     input_path: str | os.PathLike[str],  # a .txt or .txt.gz file
     special_tokens: list[str],  # the text is cut at these; they are not counted
@@ -276,7 +276,7 @@ def count_pretokens(
     "Count the pretokens of a file, in memory that grows only with the number of distinct ones."
     if num_workers is None:
         num_workers = min(os.cpu_count() or 1, 1 + _size(input_path) // (32 << 20))
-    blocks = _blocks(_read(input_path), special_tokens, block_size)
+    blocks = _blocks(_read(input_path, block_size), special_tokens, block_size)
     total: Counter[str] = Counter()
     for counts in _count_blocks(blocks, special_tokens, num_workers):
         total.update(counts)
@@ -576,7 +576,7 @@ def _load_token_file(path: Path) -> TokenFile:
         raise InputError(f"{path}: {actual} bytes, expected {expected} ({token_file.dtype}); encode the corpus again")
     return token_file
 
-# %% ../nbs/00_tokenizer.ipynb #c3d72560
+# %% ../nbs/00_tokenizer.ipynb #b8239cb4
 def file_sha256(path: str | os.PathLike[str]) -> str:
     "SHA-256 of a file's bytes as they lie on the disk, in hexadecimal."
     digest = hashlib.sha256()
@@ -589,14 +589,14 @@ def _write_ids(tokenizer: Tokenizer, src: Path, file, dtype: np.dtype) -> int:
     "Encode block by block, with a progress bar; return the number of ids."
     count, total = 0, None if src.suffix == ".gz" else _size(src)
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"encoding {src.name}") as bar:
-        for block in _blocks(_read(src), tokenizer.special_tokens, 1 << 20):
+        for block in _blocks(_read(src, 1 << 20), tokenizer.special_tokens, 1 << 20):
             ids = np.array(tokenizer.encode(block), dtype)
             file.write(ids.tobytes())
             count += len(ids)
             bar.update(len(block.encode()))
     return count
 
-# %% ../nbs/00_tokenizer.ipynb #6a88cac2
+# %% ../nbs/00_tokenizer.ipynb #3d4d60ca
 def _encode_file(tokenizer: Tokenizer, src: Path, dst: Path) -> TokenFile:
     "Write NAME.bin and then NAME.json, each all at once."
     path = _bin_path(dst)
@@ -604,10 +604,11 @@ def _encode_file(tokenizer: Tokenizer, src: Path, dst: Path) -> TokenFile:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     with atomic_write(path) as file:
         count = _write_ids(tokenizer, src, file, dtype)
+        digest = file_sha256(src)
         file.flush()
         os.fsync(file.fileno())  # a full disk shows here, while the old pair is still whole
         description.unlink(missing_ok=True)
-    made = TokenFile(path, dtype.name, count, tokenizer.vocab_size, tokenizer.fingerprint, src.name, file_sha256(src))
+    made = TokenFile(path, dtype.name, count, tokenizer.vocab_size, tokenizer.fingerprint, src.name, digest)
     with atomic_write(description, "w") as text:
         json.dump({name: value for name, value in asdict(made).items() if name != "path"}, text, indent=1)
     return TokenFile.load(path)
