@@ -1,36 +1,41 @@
 """What Quarto shows of a chapter: the notebook's JSON on standard input, the page's JSON on standard output.
 
-nbdev does the work: it hides directives and adds a signature, a parameter table and a link to the source after each
-public definition. Around it, this script keeps the introduction (nbdev drops what shares a cell with the title),
-adds the line that opens the chapter in Colab, and points links between chapters at their notebooks, as Quarto wants.
+nbdev hides its directives and tells where documentation belongs. Around it, this script writes the documentation of
+each public name from the package itself, keeps the introduction (nbdev drops what shares a cell with the title), adds
+the line that opens the chapter in Colab, and points links between chapters at their notebooks, as Quarto wants.
 """
-import contextlib
+import importlib
 import inspect
 import json
 import re
 import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
-import nbdev.processors
-import nbdev.showdoc
-from execnb.nbio import NbCell, dict2nb, mk_cell
+from execnb.nbio import dict2nb, mk_cell
 from fastcore.docments import docments
 from nbdev.config import get_config
-from nbdev.doclinks import _nbpath2html
+from nbdev.doclinks import NbdevLookup, _nbpath2html
+from nbdev.processors import FilterDefaults
 
 COLAB = ("[Open in Colab](https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/nbs/{name}); "
          "there, run `%pip install git+{git_url}` first.")
 
 
-class ShowDoc(nbdev.showdoc.BasicMarkdownRenderer):
-    "The documentation of one public name: a link to its source, the call in short, docstring, table of parameters."
+class Processors(FilterDefaults):
+    def base_procs(self) -> list:
+        "What nbdev does, but for running the notebook's code."
+        return [proc for proc in super().base_procs() if proc.__name__ != "exec_show_docs"]
 
-    def _repr_markdown_(self) -> str:
-        source = nbdev.showdoc.NbdevLookup().code(self.fn)
-        link = f'[source]({source}){{style="float:right; font-size:smaller"}}' if source else ""
-        call = f"```python\n{short_call(self.nm, self.sym)}\n```"
-        return "\n\n".join(["---", link, f"### {self.nm}", call, self.docs or "", parameter_table(self.sym)])
+
+def documentation(module: ModuleType, name: str) -> str:
+    "A link to the source of a public name, the call in short, its docstring, its parameters."
+    sym, lookup = getattr(module, name), NbdevLookup()
+    source = f'[source]({lookup.code(name)}){{style="float:right; font-size:smaller"}}'
+    call = f"```python\n{short_call(name, sym)}\n```"
+    text = lookup.linkify(inspect.cleandoc(sym.__doc__ or ""))
+    return "\n\n".join(["---", source, f"### {name}", call, text, parameter_table(sym)])
 
 
 def short_call(name: str, sym: object) -> str:
@@ -54,12 +59,6 @@ def parameter_table(sym: object) -> str:
             cells = [name, kind, " ".join(d.docment.split())]
             rows.append("| " + " | ".join(c.replace("|", r"\|") for c in cells) + " |")
     return "\n".join(["| | Type | Meaning |", "|---|---|---|", *rows]) if rows else ""
-
-
-def runs(cell: NbCell) -> bool:
-    "Whether a cell runs while the page is made: what is exported and its documentation, no lesson."
-    return cell.cell_type == "code" and bool(
-        {"export", "exports"} & set(cell.directives_) or "show_doc(" in cell.source)
 
 
 def split_title(source: str) -> tuple[str, str]:
@@ -94,21 +93,20 @@ def page(notebook: dict, path: Path) -> dict:
     nb.cells.insert(1, mk_cell(f"{introduction}\n\n{colab}", "markdown"))
     for i, cell in enumerate(nb.cells):
         cell.idx_ = i
-    nbdev.processors.FilterDefaults()(nb)
+    Processors()(nb)
 
     chapters = {_nbpath2html(p).name: p.name for p in path.parent.glob("*.ipynb")}
     site = f"{config.doc_host}{config.doc_baseurl}"
     for cell in nb.cells:
         for k in [k for k in cell if k.endswith("_")]:
             del cell[k]
-        if "show_doc(" in cell.source and not cell.get("outputs"):
-            sys.exit(f"{path}: no documentation came of {cell.source}")
+        if found := re.search(r"^show_doc\((\w+)\)$", cell.source, re.MULTILINE):
+            module = importlib.import_module(f"{config.lib_name}.{path.stem.split('_', 1)[1]}")
+            cell.source = documentation(module, found[1])
+            cell.cell_type = "markdown"
+            cell.pop("outputs", None)
         if cell.cell_type != "code":
             cell.source = link_chapters(cell.source, site, chapters)
-        for output in cell.get("outputs", []):
-            shown = output.get("data", {})
-            if "text/markdown" in shown:
-                shown["text/markdown"] = link_chapters("".join(shown["text/markdown"]), site, chapters)
     nb.cells[0].source = re.sub(r"^output-file:.*\n", "", nb.cells[0].source, flags=re.MULTILINE)
     return {k: nb[k] for k in ("cells", "metadata", "nbformat", "nbformat_minor")}
 
@@ -123,11 +121,7 @@ def main() -> None:
             break
     else:
         sys.exit("this notebook is in no file of the folder")
-    nbdev.showdoc.BasicMarkdownRenderer = ShowDoc
-    nbdev.processors._do_eval = runs
-    with contextlib.redirect_stdout(sys.stderr):
-        result = page(notebook, path)
-    json.dump(result, sys.stdout, ensure_ascii=False)
+    json.dump(page(notebook, path), sys.stdout, ensure_ascii=False)
 
 
 if __name__ == "__main__":
