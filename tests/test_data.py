@@ -45,11 +45,11 @@ def test_nobody_sees_the_new_file_before_it_is_whole(tmp_path):
 def test_permissions_follow_the_umask(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
-        with atomic_write(tmp_path / "a.txt", "w") as file:
-            file.write("x")
+        with atomic_write(tmp_path / "text", "w"), atomic_write(tmp_path / "bytes"):
+            pass
     finally:
         os.umask(before)
-    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("text", "bytes")] == [mode, mode]
 
 
 def test_a_link_stays_a_link(tmp_path):
