@@ -1,0 +1,390 @@
+"""Equality, determinism and bounds of tinylm.kernels that are no lesson."""
+
+import gzip
+import io
+import itertools
+import os
+import random
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tinylm import kernels
+from tinylm.data import END_OF_TEXT
+from tinylm.kernels import Decoder, Encoder, Pretokens, count_pretokens, merge_pairs, split_pretokens
+from tinylm.tokenizer import PRETOKEN_PATTERN, Tokenizer, merge_pretokens, train_bpe_naive
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+END = END_OF_TEXT.encode()
+SPECIAL = [END, END * 2, b"<|pad|>", b" x ", "¡fin!".encode()]
+find_pretokens = regex.compile(PRETOKEN_PATTERN).findall
+special_pattern = regex.compile(b"|".join(sorted(map(regex.escape, SPECIAL), key=len, reverse=True)).decode())
+
+PIECES = st.sampled_from(
+    [s.decode() for s in SPECIAL]
+    + ["'s", "'ll", "'re", "'ve", "'l", "'", "''", "s", "ll", " ", "  ", "\n", "\r\n", "\t", "\x00", "\x1c", "\x85"]
+    + ["\u00a0", "\u3000", "\u2028", "\u0301", "é", "🦊", "👩\u200d🚀", "日本", "שלום", "مرحبا", "the", " the", "12"]
+    + ["¾", "-", "<|endof", "text|>", "<|", "aaaa", " supercalifragilistic", "\ufffd"]
+)
+TEXTS = st.lists(st.one_of(PIECES, st.text(max_size=8)), max_size=25).map("".join)
+BYTES = st.lists(st.one_of(PIECES.map(str.encode), st.binary(max_size=6)), max_size=20).map(b"".join)
+QUICK = settings(max_examples=400, deadline=None)
+
+
+def expected_pretokens(text: str, special: bool = True) -> list[bytes]:
+    "What `regex` says; special tokens stay whole."
+    if not special:
+        return [piece.encode() for piece in find_pretokens(text)]
+    out, at = [], 0
+    for match in special_pattern.finditer(text):
+        out += [*find_pretokens(text[at : match.start()]), match.group()]
+        at = match.end()
+    return [piece.encode() for piece in out + find_pretokens(text[at:])]
+
+
+def read_shared(name: str, size: int) -> bytes:
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    with gzip.open(path) as file:
+        return file.read(size)
+
+
+def as_bytes(merges: np.ndarray) -> list[tuple[bytes, bytes]]:
+    tokens = [bytes([byte]) for byte in range(256)]
+    for a, b in merges.tolist():
+        tokens.append(tokens[a] + tokens[b])
+    return [(tokens[a], tokens[b]) for a, b in merges.tolist()]
+
+
+@cache
+def trained(corpus: str) -> tuple[np.ndarray, bytes]:
+    "Merges of a corpus, and a part of it to encode."
+    if corpus == "fables":
+        from tinylm.data import fables
+
+        data = "".join(f"{story}\n{END_OF_TEXT}\n" for story in fables(300, 5)).encode()
+    else:
+        data = read_shared(corpus, 3_000_000)
+    return merge_pairs(count_pretokens(io.BytesIO(data), [END]), 3000), data[:400_000]
+
+
+def test_table_of_kinds_is_that_of_regex():
+    if not regex.match(r"\p{L}", "\U000323b0") or regex.match(r"\p{L}", "\U0003347a"):
+        pytest.skip("the installed regex knows another version of Unicode than 17.0")
+    characters = "".join(map(chr, range(0x110000)))
+    kinds = np.full(0x110000, kernels._OTHER, np.uint8)
+    for kind, pattern in ((kernels._LETTER, r"\p{L}+"), (kernels._NUMBER, r"\p{N}+"), (kernels._WHITE, r"\s+")):
+        for match in regex.finditer(pattern, characters):
+            kinds[match.start() : match.end()] = kind
+    assert np.array_equal(kernels._KINDS[kernels._BLOCK].ravel(), kinds)
+
+
+def test_every_character_is_decoded_and_classified():
+    characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    text = "".join(f"a{c}{c} {c}b" for c in [*characters[:0x3100], *characters[0x3100::41]])
+    assert split_pretokens(text.encode()) == expected_pretokens(text, special=False)
+
+
+@QUICK
+@given(TEXTS)
+@example("it's 'sam ''s 's's 'll 'l l don't'")
+@example("a\u00a0 b  \u3000\u3000c \u00a0")
+@example(f"'{END_OF_TEXT}s  {END_OF_TEXT}  x x  x ")
+@example("'¡fin!' ¡fin!  ¡fin!")
+def test_splits_as_regex_does(text):
+    text = text.encode("utf-8", "replace").decode()
+    assert split_pretokens(text.encode(), SPECIAL) == expected_pretokens(text)
+    assert split_pretokens(text.encode()) == expected_pretokens(text, special=False)
+
+
+@QUICK
+@given(BYTES)
+@example(b"\xe2\x82")
+@example(b"\xf0\x9f\xa6 \x80\xed\xa0\x80 \xc0\xaf\xf4\x90\x80\x80")
+def test_reads_invalid_utf8_as_replacement_characters(data):
+    assert split_pretokens(data, SPECIAL) == expected_pretokens(data.decode("utf-8", "replace"))
+
+
+@pytest.mark.parametrize("name", ["tinystories/valid_v2.txt.gz", "books/books.txt.gz"])
+def test_splits_real_text_as_regex_does(name):
+    data = read_shared(name, 4_000_000)
+    assert split_pretokens(data, SPECIAL) == expected_pretokens(data.decode("utf-8", "replace"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(BYTES, st.integers(1, 40), st.sampled_from([1, 2, 8]))
+@example(b"\xe2\x82 \x82\xac" * 9, 1, 2)
+@example(END * 5 + b"'s" + END * 3, 1, 1)
+@example(b"  <|pad|>  " * 9, 3, 2)
+def test_any_chunks_and_workers_give_the_same_counts_and_ids(data, size, num_workers):
+    whole = expected_pretokens(data.decode("utf-8", "replace"))
+    counts = Counter(piece for piece in whole if piece not in SPECIAL)
+    pretokens = count_pretokens(io.BytesIO(data), SPECIAL, num_workers=num_workers, block_size=size)
+    assert pretokens.as_dict() == counts
+    encoder = fables_encoder()
+    chunks = [data[i : i + size] for i in range(0, len(data), size)]
+    arrays = list(encoder.encode_chunks(chunks, num_workers=num_workers, block_size=size))
+    assert np.concatenate([np.empty(0, np.uint32), *arrays]).tolist() == encoder.encode(data).tolist()
+
+
+def test_more_words_than_any_table_starts_with(monkeypatch):
+    monkeypatch.setattr(kernels, "_FULL", 1 << 10)
+    draw = random.Random(0)
+    words = [b" %x" % draw.getrandbits(draw.choice([20, 40, 100, 200])) for _ in range(60_000)]
+    data = b"".join(words)
+    expected = Counter(split_pretokens(data))
+    for num_workers, block_size in ((1, 1 << 12), (2, 1 << 16), (8, 1 << 20)):
+        pretokens = count_pretokens(io.BytesIO(data), num_workers=num_workers, block_size=block_size)
+        assert pretokens.as_dict() == expected
+
+
+def test_progress_tells_every_byte():
+    seen = []
+    count_pretokens(io.BytesIO(b"one two\n" * 999), num_workers=2, block_size=100, progress=seen.append)
+    assert sum(seen) == 8 * 999
+    seen = []
+    encoder = Encoder(range(256), [])
+    list(encoder.encode_chunks([b"one two\n"] * 999, block_size=100, progress=seen.append))
+    assert sum(seen) == 8 * 999
+    seen = []
+    merge_pairs(Pretokens.from_dict({b"abcabd": 3}), 100, progress=seen.append)
+    assert sum(seen) == len(merge_pairs(Pretokens.from_dict({b"abcabd": 3}), 100)) == 4
+
+
+WORDS = st.one_of(
+    st.dictionaries(st.text("ab", min_size=1, max_size=30).map(str.encode), st.integers(1, 5), max_size=12),
+    st.dictionaries(st.binary(min_size=1, max_size=12), st.integers(1, 3), max_size=20),
+    st.dictionaries(st.text("a\0\xff", min_size=1, max_size=20).map(str.encode), st.integers(1, 10**12), max_size=9),
+)
+
+
+@QUICK
+@given(WORDS, st.integers(0, 80))
+def test_merges_as_the_trainer_of_the_chapter(words, num_merges):
+    assert as_bytes(merge_pairs(Pretokens.from_dict(words), num_merges)) == merge_pretokens(words, num_merges)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.one_of(TEXTS, st.text("ab ", max_size=200)), st.integers(0, 60))
+def test_trains_as_the_naive_oracle(text, num_merges):
+    text = text.encode("utf-8", "replace").decode()
+    _, expected = train_bpe_naive(text, 256 + len(SPECIAL) + num_merges, [s.decode() for s in SPECIAL])
+    pretokens = count_pretokens(io.BytesIO(text.encode()), SPECIAL)
+    assert as_bytes(merge_pairs(pretokens, num_merges)) == expected
+
+
+def test_order_of_pretokens_does_not_matter():
+    counts = count_pretokens(io.BytesIO(trained("fables")[1]), [END]).as_dict()
+    shuffled = list(counts.items())
+    random.Random(1).shuffle(shuffled)
+    one, two = (merge_pairs(Pretokens.from_dict(dict(c)), 900) for c in (counts, shuffled))
+    assert np.array_equal(one, two)
+
+
+@QUICK
+@given(BYTES)
+@example(b"ab" * 300)
+@example(b" " * 400)
+@example(bytes(range(256)) * 2)
+def test_encodes_as_the_tokenizer_of_the_chapter(data):
+    merges = as_bytes(trained("fables")[0])
+    encoder, tokenizer = fables_encoder(), fables_tokenizer()
+    text = data.decode("utf-8", "replace")
+    ids = encoder.encode(data)
+    assert ids.tolist() == tokenizer.encode(text) and len(merges) > 1000
+    assert fables_decoder().decode(ids) == text.encode()
+
+
+@cache
+def fables_tokenizer() -> Tokenizer:
+    merges = as_bytes(trained("fables")[0])
+    vocab = dict(enumerate([bytes([b]) for b in range(256)] + [a + b for a, b in merges]))
+    return Tokenizer(vocab, merges, [s.decode() for s in SPECIAL])
+
+
+@cache
+def fables_encoder() -> Encoder:
+    special = {name.encode(): i for name, i in fables_tokenizer().special_tokens.items()}
+    return Encoder(range(256), trained("fables")[0], special_tokens=special)
+
+
+@cache
+def fables_decoder() -> Decoder:
+    return Decoder(fables_tokenizer().vocab)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12, unique=True), st.binary(max_size=150))
+def test_short_and_long_pretokens_merge_alike(pairs, data):
+    "Any merges, in any order, also such as no training would give."
+    letters = bytes(97 + b % 4 for b in data)
+    byte_ids = [b % 4 for b in range(256)]
+    new_ids = [i % 10 for i in range(len(pairs))]
+    ranks = Encoder(byte_ids, pairs, new_ids)._ranks
+    block, n = kernels._pad(letters), len(letters)
+    one, two = np.zeros((2, n + 16), np.uint32)
+    n1 = kernels._merge_short(ranks, block, 0, n, one, 0, np.zeros(n + 1, np.int32)) if n else 0
+    n2 = kernels._merge_long(ranks, block, 0, n, two, 0) if n else 0
+    assert one[:n1].tolist() == two[:n2].tolist()
+
+
+@pytest.mark.parametrize("corpus", ["fables", "tinystories/train_v2.txt.gz", "books/books.txt.gz"])
+def test_encodes_as_tiktoken_and_tokenizers_do(corpus):
+    tiktoken, tokenizers = pytest.importorskip("tiktoken"), pytest.importorskip("tokenizers")
+    merges, data = trained(corpus)
+    encoder = Encoder(range(256), merges, special_tokens={END: 256 + len(merges)})
+    text = data.decode("utf-8", "ignore")
+    ids = encoder.encode(text.encode()).tolist()
+    tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in as_bytes(merges)]
+    theirs = tiktoken.Encoding(
+        "trained", pat_str=PRETOKEN_PATTERN, mergeable_ranks={t: i for i, t in enumerate(tokens)},
+        special_tokens={END_OF_TEXT: len(tokens)},
+    )
+    assert ids == theirs.encode(text, allowed_special="all")
+    from tinylm.tokenizer import _to_chars
+
+    model = tokenizers.models.BPE(
+        vocab={_to_chars(t): i for i, t in enumerate(tokens)},
+        merges=[(_to_chars(a), _to_chars(b)) for a, b in as_bytes(merges)],
+    )
+    hf = tokenizers.Tokenizer(model)
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, normalized=False, special=True)])
+    assert ids == hf.encode(text).ids
+
+
+def test_encodes_as_gpt2_does():
+    tiktoken = pytest.importorskip("tiktoken")
+    folder = SHARED / "gpt2"
+    if not folder.exists():
+        pytest.skip(f"{folder} is not here")
+    gpt2 = Tokenizer.from_files(folder / "vocab.json", folder / "merges.txt")
+    id_of = {token: i for i, token in gpt2.vocab.items()}
+    pairs = [(id_of[a], id_of[b]) for a, b in gpt2.merges]
+    encoder = Encoder([id_of[bytes([b])] for b in range(256)], pairs, [id_of[a + b] for a, b in gpt2.merges])
+    theirs = tiktoken.Encoding("gpt2", pat_str=PRETOKEN_PATTERN, mergeable_ranks=id_of, special_tokens={})
+    for name in ("tinystories/valid_v2.txt.gz", "books/books.txt.gz"):
+        text = read_shared(name, 1_000_000).decode("utf-8", "ignore")
+        ids = encoder.encode(text.encode())
+        assert ids.tolist() == theirs.encode_ordinary(text)
+        assert Decoder(gpt2.vocab).decode(ids) == text.encode()
+
+
+HARD = {
+    "one letter": b"a" * 1_000_000,
+    "no space": b"".join(b"%x" % random.Random(i).getrandbits(64) for i in range(62_500)),
+    "letters without a space": "".join(random.Random(0).choices("abcdefghij", k=1_000_000)).encode(),
+    "spaces": b" " * 1_000_000,
+    "apostrophes": b"'" * 1_000_000,
+    "special tokens": END * 77_000,
+    "not UTF-8": b"\xff" * 300_000,
+    "Chinese": "春眠不觉晓处处闻啼鸟夜来风雨声花落知多少".encode() * 17_000,
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_texts_take_bounded_time_and_memory(name):
+    data = HARD[name]
+    encoder = Encoder(range(256), trained("fables")[0], special_tokens={END: 9999})
+    encoder.encode(b"a" * 100 + b"b c")  # compile
+    merge_pairs(count_pretokens(io.BytesIO(b"abc"), [END]), 1)
+    start = time.process_time()
+    tracemalloc.start()
+    ids = encoder.encode(data)
+    merges = merge_pairs(count_pretokens(io.BytesIO(data), [END], num_workers=1, block_size=1 << 16), 200)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert time.process_time() - start < 20
+    assert peak < 200e6
+    assert 0 < len(ids) <= 3 * len(data)
+    assert merges.shape[1] == 2
+
+
+def test_memory_does_not_grow_with_the_stream():
+    story = trained("fables")[1]
+    encoder = fables_encoder()
+
+    def peak(times: int) -> int:
+        tracemalloc.start()
+        for _ in encoder.encode_chunks(itertools.repeat(story, times), num_workers=2, block_size=1 << 18):
+            pass
+        count_pretokens(Repeated(story, times), [END], num_workers=2, block_size=1 << 18)
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return size
+
+    peak(2)
+    assert peak(100) < 1.5 * peak(20)
+
+
+class Repeated(io.RawIOBase):
+    def __init__(self, data: bytes, times: int):
+        self.chunks = itertools.repeat(data, times)
+
+    def read(self, size: int = -1) -> bytes:
+        return next(self.chunks, b"")
+
+
+def test_nothing_to_do():
+    assert split_pretokens(b"") == [] == Encoder(range(256), []).encode(b"").tolist()
+    assert list(Encoder(range(256), []).encode_chunks([])) == []
+    assert list(Encoder(range(256), []).encode_chunks([b"", b""])) == []
+    assert count_pretokens(io.BytesIO(b""), [END]).as_dict() == {}
+    assert merge_pairs(count_pretokens(io.BytesIO(b"")), 5).shape == (0, 2)
+    assert merge_pairs(Pretokens.from_dict({b"abc": 1}), 0).shape == (0, 2)
+    assert Decoder({0: b"a"}).decode([]) == b""
+
+
+def test_mistakes_are_errors():
+    with pytest.raises(IndexError, match="from 0 to 1"):
+        Decoder({0: b"a", 1: b"b"}).decode([2])
+    with pytest.raises(IndexError):
+        Decoder({0: b"a"}).decode([-1])
+    with pytest.raises(ValueError, match="2,097,152"):
+        Encoder(range(256), [(97, 98)], [1 << 21])
+    with pytest.raises(ValueError, match="at least one byte"):
+        split_pretokens(b"a", [b""])
+
+
+def test_a_failing_stream_stops_the_workers():
+    def chunks():
+        yield b"one two " * 1000
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        list(fables_encoder().encode_chunks(chunks(), num_workers=2, block_size=100))
+
+
+TRY = "import tinylm.kernels as k; print(len(k.split_pretokens(b'ab ab')))"
+
+
+def test_works_where_nothing_can_be_written(tmp_path):
+    "Without a folder for compiled code numba refuses to cache; then the functions are compiled anew."
+    code = "import numba.core.caching as c\nc.CacheImpl._locator_classes = []\n" + TRY
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    assert done.stdout == "2\n", done.stderr
+
+
+def test_compiled_code_is_kept_on_disk(tmp_path):
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", TRY], check=True, capture_output=True, env=env)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
+    assert files
+    subprocess.run([sys.executable, "-c", TRY], check=True, capture_output=True, env=env)
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
+
+
+def test_imports_neither_torch_nor_regex():
+    code = "import sys, tinylm.kernels; print([m for m in ('torch', 'regex', 'tinylm.tokenizer') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
