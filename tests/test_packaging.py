@@ -18,10 +18,10 @@ def run(*command: str, **options) -> subprocess.CompletedProcess:
 def wheel(tmp_path_factory) -> Path:
     "Build a wheel of a copy of the project: setuptools leaves its traces beside the sources."
     folder = tmp_path_factory.mktemp("build")
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "tinylm", folder / "tinylm", ignore=shutil.ignore_patterns("__pycache__"))
-    built = run(sys.executable, "-m", "build", "--no-isolation", "--wheel", str(folder))
+    built = run(sys.executable, "-m", "build", "--no-isolation", str(folder))  # sdist, and from it the wheel
     assert built.returncode == 0, built.stdout + built.stderr
     return next((folder / "dist").glob("*.whl"))
 
