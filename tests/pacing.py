@@ -111,7 +111,11 @@ def check(path: Path) -> tuple[dict[str, float], list[str]]:
         if cell["cell_type"] != "code":
             prose += words(source)
             continue
-        tree = ast.parse(re.sub(r"^[%!].*$", "pass", source, flags=re.MULTILINE))
+        try:
+            tree = ast.parse(re.sub(r"^[%!].*$", "pass", source, flags=re.MULTILINE))
+        except SyntaxError as error:
+            faults.append(f"{where}: {error}")
+            continue
         exported = bool(re.search(r"^#\| *exports?$", source, re.MULTILINE))
         lines = code_lines(source)
         only_imports = all(isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body)

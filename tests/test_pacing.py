@@ -46,6 +46,7 @@ def test_good_lesson_passes(tmp_path):
 @pytest.mark.parametrize("number, source, outputs, fault", [
     (0, "# Title\n\nNo promise.", None, "opens without"),
     (2, "import math\ny = 1", None, "imports mixed"),
+    (2, "import math as", None, "invalid syntax"),
     (4, "#| exports\ndef double(x):\n    return 2 * x", None, "no docstring"),
     (4, '#| exports\ndef double(x):\n    "Double a number."\n' + "    x = x\n" * 31, None, "lines of code"),
     (5, "y = 4\ny", None, "never shown"),
