@@ -1,16 +1,19 @@
 """The model beyond its chapter: equal to Hugging Face's Llama, safe switches, caches, number types, compiler."""
-from dataclasses import replace
+import json
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch.testing import assert_close
 
 from tinylm.data import InputError
 from tinylm.layers import RMSNorm
 from tinylm.model import ModelConfig, TransformerLM, flops_per_token, memory_table, num_parameters
 from tinylm.rope import RotaryPositionalEmbedding, apply_rope
+from tinylm.train import PRESETS
 
 SMALL = ModelConfig(vocab_size=61, context_length=24, d_model=32, num_layers=3, num_heads=4, d_ff=72)
 SHAPES = [
@@ -237,3 +240,14 @@ def test_reference_numbers():
     assert memory["weights"] == memory["gradients"] == memory["optimizer"] // 2 == 4 * 22_696_448
     double = memory_table(reference, batch_size=128)
     assert double["activations"] == 2 * memory["activations"] and double["weights"] == memory["weights"]
+
+
+@pytest.mark.parametrize("name", ["debug", "laptop"])
+def test_chapter_shows_the_presets_of_training(name):  # it comes before them, so it writes their sizes down
+    cells = json.loads((ROOT / "nbs" / "03_model.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells)
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{name} = ModelConfig(")]
+    preset = PRESETS[name]
+    shown = eval(line.partition(" = ")[2], {"ModelConfig": ModelConfig})
+    assert shown == ModelConfig(**{field.name: getattr(preset, field.name) for field in fields(ModelConfig)})
+    assert f'("{name}", {name}, {preset.batch_size})' in text
