@@ -47,7 +47,7 @@ def _adamw_update(
 
 # %% ../nbs/04_optim.ipynb #ea01acbd
 class AdamW(torch.optim.Optimizer):
-    """Update parameters by Adam with decoupled weight decay (Loshchilov and Hutter 2017, arXiv 1711.05101).
+    """Update parameters by Adam with decoupled weight decay (Loshchilov and Hutter 2017, arXiv:1711.05101).
 
     Raises ValueError for a negative rate, eps or decay, or a beta outside [0, 1).
     """
@@ -96,7 +96,7 @@ def cosine_lr(
     warmup_iters: int,  # length of the linear warm-up in steps; 0 means none
     cosine_cycle_iters: int,  # the step at which the cosine reaches min_lr (the warm-up counts)
 ) -> float:  # the learning rate for this step
-    """Compute the learning rate of one step: linear warm-up, then half a cosine (arXiv 1608.03983)."""
+    """Compute the learning rate of one step: linear warm-up, then half a cosine (arXiv:1608.03983)."""
     if step < warmup_iters:
         return max_lr * step / warmup_iters
     if step >= cosine_cycle_iters:
