@@ -254,7 +254,7 @@ def _pack_specials(special_tokens: Mapping[bytes, int]) -> _Specials:
     arena = _pad(b"".join(tokens))
     return _Specials(firsts, arena, offsets, np.array([special_tokens[token] for token in tokens], np.int64))
 
-# %% ../nbs/09_kernels.ipynb #6a898241
+# %% ../nbs/09_kernels.ipynb #5d4bccc3
 _MASKS = np.array([(1 << 8 * k) - 1 for k in range(9)], np.uint64)
 
 @_compiled
@@ -275,7 +275,6 @@ def _special_at(data, i, n, specials):
             return k
     return -1
 
-# %% ../nbs/09_kernels.ipynb #5b07c6cf
 @_compiled
 def _find_specials(data, n, specials, spans):
     "List start, end and number of each special token, from left to right; return how many there are."
@@ -290,7 +289,7 @@ def _find_specials(data, n, specials, spans):
         i = _find_byte(data, i + size, n, specials.firsts)
     return num
 
-# %% ../nbs/09_kernels.ipynb #b1c35e4a
+# %% ../nbs/09_kernels.ipynb #774bd8d1
 class _Scratch(NamedTuple):
     "Memory to split a block of n bytes in."
     kind: np.ndarray  # (n + _PAD,) uint8
@@ -302,7 +301,6 @@ def _make_scratch(n: int) -> _Scratch:
     flat = (np.empty(n + _PAD, np.uint8), np.empty(n + _PAD, np.uint8), np.empty(n + 1, np.int32))
     return _Scratch(*flat, np.empty((n + 1, 3), np.int32))
 
-# %% ../nbs/09_kernels.ipynb #f5579168
 @_compiled
 def _split(data, n, specials, scratch):
     "Find where pretokens and special tokens start; return how many there are, or -1 if the data is not UTF-8."
@@ -436,13 +434,15 @@ def _grow(table: _Table, n: int) -> _Table:
         arena[:used] = table.arena[:used]
     return _Table(slots, arena, offsets, counts, size)
 
-# %% ../nbs/09_kernels.ipynb #8a96843d
+# %% ../nbs/09_kernels.ipynb #2c6ca663
+_1, _8 = _u64(1), _u64(8)
+
 @_compiled
 def _key(data, i, n):
-    "A pretoken of at most 15 bytes as two numbers; the highest byte is its length."
-    low = _load8(data, i) & _MASKS[min(n, 8)]
-    high = _load8(data, i + 8) & _MASKS[max(n - 8, 0)]
-    return low, high | _u64(n) << _u64(56)
+    "A pretoken of at most 15 bytes as two numbers; the highest byte is its length. All numbers are uint64."
+    low = _load8(data, i) & _MASKS[min(n, _8)]
+    high = _load8(data, i + _8) & _MASKS[max(n, _8) - _8]
+    return low, high | n << _u64(56)
 
 @_compiled
 def _line(low, high, bits):
@@ -471,12 +471,32 @@ def _flush(lines, table):
             lines[at, 2] = 0
     return True
 
-# %% ../nbs/09_kernels.ipynb #f0533109
+# %% ../nbs/09_kernels.ipynb #a27c1ab5
+@_compiled
+def _count_known(data, starts, t, stop, lines):
+    "Count pretokens from t on while they are on their lines; return the first one that is not. All uint64."
+    while t < stop:
+        i = _u64(starts[t])
+        n = _u64(starts[t + _1]) - i
+        if n > _u64(15):
+            break
+        low, high = _key(data, i, n)
+        at = _line(low, high, _COUNT_BITS)
+        if lines[at, _u64(0)] != low or lines[at, _u64(1)] != high:
+            break
+        lines[at, _u64(2)] += _1
+        t += _1
+    return t
+
+# %% ../nbs/09_kernels.ipynb #74f5e4fa
 @_compiled
 def _count(data, starts, spans, t, num, nth, lines, table):
     "Count pretokens from t on, the special token number nth being next; return where the table was full."
     word = np.zeros(24, np.uint8)
     while t < num:
+        t = np.int64(_count_known(data, starts, _u64(t), _u64(num), lines))
+        if t == num:
+            break
         i = np.int64(starts[t])
         n = np.int64(starts[t + 1]) - i
         if i == spans[nth, 0]:
@@ -485,13 +505,11 @@ def _count(data, starts, spans, t, num, nth, lines, table):
             if not _add(table, data, i, n, np.int64(1)):
                 return t, nth
         else:
-            low, high = _key(data, i, n)
+            low, high = _key(data, _u64(i), _u64(n))
             at = _line(low, high, _COUNT_BITS)
-            if lines[at, _u64(0)] != low or lines[at, _u64(1)] != high:
-                if lines[at, 2] != _u64(0) and not _evict(lines, at, word, table):
-                    return t, nth
-                lines[at, 0], lines[at, 1], lines[at, 2] = low, high, 0
-            lines[at, _u64(2)] += _u64(1)
+            if lines[at, 2] != _u64(0) and not _evict(lines, at, word, table):
+                return t, nth
+            lines[at, 0], lines[at, 1], lines[at, 2] = low, high, 1
         t += 1
     return num, nth
 
@@ -568,7 +586,7 @@ def _cut_blocks(chunks: Iterable[bytes], specials: _Specials, size: int) -> Iter
     if length:
         yield _pad(b"".join(pending)), length
 
-# %% ../nbs/09_kernels.ipynb #226e44d1
+# %% ../nbs/09_kernels.ipynb #2800fd04
 _Result = TypeVar("_Result")
 
 def _in_order(work: Callable[[_Block], _Result], blocks: Iterable[_Block], num_workers: int) -> Iterator[_Result]:
@@ -589,6 +607,7 @@ def _in_order(work: Callable[[_Block], _Result], blocks: Iterable[_Block], num_w
             for future in waiting:
                 future.cancel()
 
+# %% ../nbs/09_kernels.ipynb #d1375f29
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -638,13 +657,13 @@ class Pretokens(NamedTuple):
         offsets = np.cumsum([0, *map(len, counts)], dtype=np.int64)
         return cls(_pad(b"".join(counts)), offsets, np.array(list(counts.values()), np.int64))
 
-# %% ../nbs/09_kernels.ipynb #1c2aa435
+# %% ../nbs/09_kernels.ipynb #1de19db2
 def count_pretokens(
     stream: BinaryIO,  # UTF-8 text; what is not UTF-8 becomes U+FFFD
     special_tokens: Sequence[bytes] = (),  # the text is cut at these; they are not counted
     *,
     num_workers: int | None = None,  # threads; None: one per core
-    block_size: int = 1 << 20,  # bytes that a thread gets at a time
+    block_size: int = 1 << 18,  # bytes that a thread gets at a time
     progress: Callable[[int], object] | None = None,  # called with the size of each block that is done
 ) -> Pretokens:  # in any order; the counts depend on the text alone
     "Count the pretokens of a stream, in memory that grows only with the number of distinct ones."
@@ -674,7 +693,7 @@ def count_pretokens(
     arena, offsets, counts = total.table.arena, total.table.offsets, total.table.counts
     return Pretokens(arena[: offsets[num] + _PAD], offsets[: num + 1], counts[:num])
 
-# %% ../nbs/09_kernels.ipynb #5abf98be
+# %% ../nbs/09_kernels.ipynb #4584e10b
 _EDGE = -(2**31)
 
 class _Places(NamedTuple):
@@ -690,7 +709,7 @@ class _Pairs(NamedTuple):
     "Pairs of tokens."
     left: np.ndarray  # int32: id
     right: np.ndarray  # int32: id
-    count: np.ndarray  # int64: how often the pair occurs now
+    times: np.ndarray  # int64: how often the pair occurs now
     first: np.ndarray  # int64: where its list of places begins
     num: np.ndarray  # int32: the length of that list
 
@@ -701,7 +720,6 @@ class _Tokens(NamedTuple):
     offsets: np.ndarray  # int64
     arena: np.ndarray  # uint8
 
-# %% ../nbs/09_kernels.ipynb #540129bd
 @_compiled
 def _lay_out(pretokens, symbol, word):
     "Write the bytes of all pretokens, with edges."
@@ -721,7 +739,7 @@ def _left_of(symbol, i):
     s = symbol[i - 1]
     return -1 if s == _EDGE else i - 1 if s >= 0 else i + s
 
-# %% ../nbs/09_kernels.ipynb #3b9f1307
+# %% ../nbs/09_kernels.ipynb #a347e23e
 @_compiled
 def _number_pairs(places, pairs):
     "Number and count the pairs of bytes."
@@ -734,10 +752,10 @@ def _number_pairs(places, pairs):
         p = number[a << 8 | b]
         if p < 0:
             p = number[a << 8 | b] = used[1]
-            pairs.left[p], pairs.right[p], pairs.count[p], pairs.num[p] = a, b, 0, 0
+            pairs.left[p], pairs.right[p], pairs.times[p], pairs.num[p] = a, b, 0, 0
             used[1] += 1
         pair[i] = p
-        pairs.count[p] += places.counts[places.word[i]]
+        pairs.times[p] += places.counts[places.word[i]]
         pairs.num[p] += 1
 
 @_compiled
@@ -756,7 +774,7 @@ def _note(places, pairs, i, base):
         places.where[pairs.first[p] + pairs.num[p]] = i
         pairs.num[p] += 1
 
-# %% ../nbs/09_kernels.ipynb #3e2f54ae
+# %% ../nbs/09_kernels.ipynb #73f5c9b5
 @_compiled
 def _fuse(places, pairs, size, p, new):
     "Merge pair p into token `new` wherever it stands; keep the list of these places, and return its length."
@@ -770,17 +788,17 @@ def _fuse(places, pairs, size, p, new):
         weight = places.counts[places.word[i]]
         before, right = _left_of(symbol, i), i + size[pairs.left[p]]
         if before >= 0 and symbol[before] != new:
-            pairs.count[pair[before]] -= weight
+            pairs.times[pair[before]] -= weight
         if pair[right] >= 0:
-            pairs.count[pair[right]] -= weight
+            pairs.times[pair[right]] -= weight
         pair[i] = pair[right] = -1
         symbol[i], symbol[i + whole - 1] = new, -whole
         where[done] = i
         done += 1
-    pairs.count[p] = 0
+    pairs.times[p] = 0
     return done - first
 
-# %% ../nbs/09_kernels.ipynb #1be0397c
+# %% ../nbs/09_kernels.ipynb #344dfeae
 @_compiled
 def _join(places, pairs, base, numbers, other, i, a, b):
     "Place i now starts the pair (a, b), one token of which is new and the other is `other`: count it."
@@ -788,8 +806,8 @@ def _join(places, pairs, base, numbers, other, i, a, b):
     if p < base:
         p = numbers[other] = places.used[1]
         places.used[1] += 1
-        pairs.left[p], pairs.right[p], pairs.count[p], pairs.num[p] = a, b, 0, 0
-    pairs.count[p] += places.counts[places.word[i]]
+        pairs.left[p], pairs.right[p], pairs.times[p], pairs.num[p] = a, b, 0, 0
+    pairs.times[p] += places.counts[places.word[i]]
     pairs.num[p] += 1
     places.pair[i] = p
 
@@ -814,7 +832,7 @@ def _pair_up(places, pairs, size, new, first, num, by_left, by_right):
         _note(places, pairs, i, base)
     return base
 
-# %% ../nbs/09_kernels.ipynb #d1d9eb72
+# %% ../nbs/09_kernels.ipynb #2388d2f1
 @_compiled
 def _greater(tokens, a, b):
     "Whether the bytes of token a come after those of token b."
@@ -836,22 +854,21 @@ def _comes_first(tokens, pairs, p, count_p, q, count_q):
         a, b = pairs.right[p], pairs.right[q]
     return a != b and _greater(tokens, a, b)
 
-# %% ../nbs/09_kernels.ipynb #ffe1a06e
 class _Heap(NamedTuple):
     "Pairs, each before the two at 2i + 1 and 2i + 2."
     pair: np.ndarray  # int32: number
-    count: np.ndarray  # int64: its count when it came in
+    times: np.ndarray  # int64: how often it occurred when it came in
 
 @_compiled
 def _rise(heap, i, p, count, tokens, pairs):
     "Put a pair into the empty place i, or higher."
     while i > 0:
         up = (i - 1) >> 1
-        if not _comes_first(tokens, pairs, p, count, np.int64(heap.pair[up]), heap.count[up]):
+        if not _comes_first(tokens, pairs, p, count, np.int64(heap.pair[up]), heap.times[up]):
             break
-        heap.pair[i], heap.count[i] = heap.pair[up], heap.count[up]
+        heap.pair[i], heap.times[i] = heap.pair[up], heap.times[up]
         i = up
-    heap.pair[i], heap.count[i] = p, count
+    heap.pair[i], heap.times[i] = p, count
 
 @_compiled
 def _sink(heap, size, p, count, tokens, pairs):
@@ -861,23 +878,23 @@ def _sink(heap, size, p, count, tokens, pairs):
         c = 2 * i + 1
         d = c + 1
         first, second = np.int64(heap.pair[c]), np.int64(heap.pair[min(d, size - 1)])
-        if d < size and _comes_first(tokens, pairs, second, heap.count[d], first, heap.count[c]):
+        if d < size and _comes_first(tokens, pairs, second, heap.times[d], first, heap.times[c]):
             c, first = d, second
-        if not _comes_first(tokens, pairs, first, heap.count[c], p, count):
+        if not _comes_first(tokens, pairs, first, heap.times[c], p, count):
             break
-        heap.pair[i], heap.count[i] = heap.pair[c], heap.count[c]
+        heap.pair[i], heap.times[i] = heap.pair[c], heap.times[c]
         i = c
-    heap.pair[i], heap.count[i] = p, count
+    heap.pair[i], heap.times[i] = p, count
 
-# %% ../nbs/09_kernels.ipynb #047e5602
+# %% ../nbs/09_kernels.ipynb #5fc9e354
 @_compiled
 def _most_frequent(heap, size, tokens, pairs):
     "The first pair by its count of today, or -1 if no pair is left."
     while size > 0:
         p = np.int64(heap.pair[0])
-        if heap.count[0] == pairs.count[p]:
-            return p if heap.count[0] > 0 else -1
-        _sink(heap, size, p, pairs.count[p], tokens, pairs)
+        if heap.times[0] == pairs.times[p]:
+            return p if heap.times[0] > 0 else -1
+        _sink(heap, size, p, pairs.times[p], tokens, pairs)
     return -1
 
 @_compiled
@@ -892,7 +909,7 @@ def _add_token(tokens, new, a, b):
         tokens.prefix[new] |= _u64(tokens.arena[at + k]) << _u64(56 - 8 * k)
     tokens.size[new], tokens.offsets[new + 1] = size, at + size
 
-# %% ../nbs/09_kernels.ipynb #f1a11aea
+# %% ../nbs/09_kernels.ipynb #d6d2c8c5
 @_compiled
 def _start(places, pairs, tokens, heap):
     "Note the places of all pairs of bytes and put them into the heap; return its size."
@@ -902,7 +919,7 @@ def _start(places, pairs, tokens, heap):
     for i in range(1, len(places.symbol) - 1):
         _note(places, pairs, i, base)
     for p in range(places.used[1]):
-        _rise(heap, p, p, pairs.count[p], tokens, pairs)
+        _rise(heap, p, p, pairs.times[p], tokens, pairs)
     return places.used[1]
 
 @_compiled
@@ -922,12 +939,12 @@ def _merge_on(places, pairs, tokens, heap, by_left, by_right, merges, step):
         num = _fuse(places, pairs, tokens.size, p, new)
         base = _pair_up(places, pairs, tokens.size, new, pairs.first[p], num, by_left, by_right)
         for q in range(base, places.used[1]):
-            _rise(heap, q, q, pairs.count[q], tokens, pairs)
+            _rise(heap, q, q, pairs.times[q], tokens, pairs)
         size = places.used[1]
         step += 1
     return step, True
 
-# %% ../nbs/09_kernels.ipynb #10921028
+# %% ../nbs/09_kernels.ipynb #ec91d289
 def _bytes_as_tokens(num_merges: int) -> _Tokens:
     "The 256 bytes, with room for merges."
     n = 256 + num_merges
@@ -946,7 +963,11 @@ def _places_of(pretokens: Pretokens) -> _Places:
     _lay_out(pretokens, symbol, word)
     return _Places(symbol, np.full(total, -1, np.int32), word, pretokens.counts, where, np.zeros(2, np.int64))
 
-# %% ../nbs/09_kernels.ipynb #14dfdb10
+def _room_for_pairs(room: int) -> tuple[_Pairs, _Heap]:
+    pairs = _Pairs(*(np.empty(room, dtype) for dtype in (np.int32, np.int32, np.int64, np.int64, np.int32)))
+    return pairs, _Heap(np.empty(room, np.int32), np.empty(room, np.int64))
+
+# %% ../nbs/09_kernels.ipynb #c6e3bf8d
 def merge_pairs(
     pretokens: Pretokens,  # in any order; the merges do not depend on it
     num_merges: int,  # how many merges to make at most
@@ -957,8 +978,7 @@ def merge_pairs(
     Of pairs with equal counts, the lexicographically greater pair of byte strings wins."""
     places, tokens = _places_of(pretokens), _bytes_as_tokens(num_merges)
     room = 65536 + 4 * (256 + num_merges)
-    pairs = _Pairs(*(np.empty(room, dtype) for dtype in (np.int32, np.int32, np.int64, np.int64, np.int32)))
-    heap = _Heap(np.empty(room, np.int32), np.empty(room, np.int64))
+    pairs, heap = _room_for_pairs(room)
     by_left, by_right = np.full((2, 256 + num_merges), -1, np.int32)
     _start(places, pairs, tokens, heap)
     merges, step, done = np.zeros((num_merges, 2), np.int32), 0, False
@@ -975,45 +995,53 @@ def merge_pairs(
             progress(step - before)
     return merges[:step]
 
-# %% ../nbs/09_kernels.ipynb #03eca863
-_ENCODE_BITS = 17  # 131,072 lines, 8 MB
+# %% ../nbs/09_kernels.ipynb #1ae40362
+_ENCODE_BITS = 18  # 262,144 lines, 8 MB
+_ID = _u64(2**21 - 1)
 
 def _empty_lines() -> np.ndarray:
     "A cache whose lines start where the processor's do."
-    room = np.zeros((8 << _ENCODE_BITS) + 8, np.uint64)
+    room = np.zeros((4 << _ENCODE_BITS) + 8, np.uint64)
     first = -room.ctypes.data // 8 % 8
-    return room[first : first + (8 << _ENCODE_BITS)].reshape(-1, 8)
+    return room[first : first + (4 << _ENCODE_BITS)].reshape(-1, 4)
+
+@_compiled
+def _three(ids, k):
+    "Three ids as one number."
+    return _u64(ids[k]) | _u64(ids[k + 1]) << _u64(21) | _u64(ids[k + 2]) << _u64(42)
 
 @_compiled
 def _remember(lines, low, high, ids, k, n):
     "Keep the n ids from place k on, if there is room for so many."
-    if n <= 12:
+    if n <= 6:
         at = _line(low, high, _ENCODE_BITS)
         lines[at, 0], lines[at, 1] = low, high | _u64(n) << _u64(60)
-        for j in range(0, n, 2):
-            lines[at, 2 + (j >> 1)] = _u64(ids[k + j]) | _u64(ids[k + j + 1]) << _u64(32)
+        lines[at, 2], lines[at, 3] = _three(ids, k), _three(ids, k + 3)
 
-# %% ../nbs/09_kernels.ipynb #28fcf15a
+# %% ../nbs/09_kernels.ipynb #cfe126ff
+@_compiled
+def _write_three(word, ids, k):
+    ids[k], ids[k + _1], ids[k + _u64(2)] = word & _ID, word >> _u64(21) & _ID, word >> _u64(42)
+
 @_compiled
 def _encode_known(data, starts, t, stop, lines, ids, k):
-    "Encode pretokens from t on while the cache knows them; return the next pretoken and the next place in ids."
+    "Encode pretokens from t on while the cache knows them; return the next pretoken and place in ids. All uint64."
     while t < stop:
-        i = np.int64(starts[t])
-        n = np.int64(starts[t + 1]) - i
-        if n > 15:
+        i = _u64(starts[t])
+        n = _u64(starts[t + _1]) - i
+        if n > _u64(15):
             break
         low, high = _key(data, i, n)
         at = _line(low, high, _ENCODE_BITS)
         known = lines[at, _u64(1)]
         if lines[at, _u64(0)] != low or (known ^ high) << _u64(4) != _u64(0):
             break
-        pair = lines[at, _u64(2)]
-        ids[k], ids[k + 1] = pair & _INDEX, pair >> _u64(32)
-        num = np.int64(known >> _u64(60))
-        for j in range(2, num):
-            ids[k + j] = lines[at, _u64(2 + (j >> 1))] >> _u64(32 * (j & 1)) & _INDEX
+        _write_three(lines[at, _u64(2)], ids, k)
+        num = known >> _u64(60)
+        if num > _u64(3):
+            _write_three(lines[at, _u64(3)], ids, k + _u64(3))
         k += num
-        t += 1
+        t += _1
     return t, k
 
 # %% ../nbs/09_kernels.ipynb #008db57d
@@ -1101,7 +1129,18 @@ def _pop(heap, size):
     heap[i] = last
     return np.int64(least >> _u64(32)), np.int64(least & _INDEX)
 
-# %% ../nbs/09_kernels.ipynb #ff061eca
+# %% ../nbs/09_kernels.ipynb #6cd7d2d1
+@_compiled
+def _gather(ids, k, right, n):
+    "Move the ids that are left next to each other; return how many there are."
+    i = num = 0
+    while i < n:
+        ids[k + num] = ids[k + i]
+        num += 1
+        i = right[i]
+    return num
+
+# %% ../nbs/09_kernels.ipynb #263c875d
 @_compiled
 def _merge_long(ranks, data, first, n, ids, k):
     "As `_merge_short`, but with a heap of ranks and places, the leftmost of equal ranks first."
@@ -1131,17 +1170,7 @@ def _merge_long(ranks, data, first, n, ids, k):
                     size += 1
     return _gather(ids, k, right, n)
 
-@_compiled
-def _gather(ids, k, right, n):
-    "Move the ids that are left next to each other; return how many there are."
-    i = num = 0
-    while i < n:
-        ids[k + num] = ids[k + i]
-        num += 1
-        i = right[i]
-    return num
-
-# %% ../nbs/09_kernels.ipynb #f41e1ded
+# %% ../nbs/09_kernels.ipynb #778c82d5
 _SHORT = 64  # bytes
 
 @_compiled
@@ -1150,7 +1179,8 @@ def _encode(ranks, data, starts, num, specials, spans, lines, ids):
     rank = np.empty(_SHORT + 1, np.int32)
     t = k = nth = np.int64(0)
     while t < num:
-        t, k = _encode_known(data, starts, t, num, lines, ids, k)
+        known, place = _encode_known(data, starts, _u64(t), _u64(num), lines, ids, _u64(k))
+        t, k = np.int64(known), np.int64(place)
         if t == num:
             break
         i = np.int64(starts[t])
@@ -1162,7 +1192,7 @@ def _encode(ranks, data, starts, num, specials, spans, lines, ids):
         elif n <= _SHORT:
             m = _merge_short(ranks, data, i, n, ids, k, rank)
             if n <= 15:
-                low, high = _key(data, i, n)
+                low, high = _key(data, _u64(i), _u64(n))
                 _remember(lines, low, high, ids, k, m)
         else:
             m = _merge_long(ranks, data, i, n, ids, k)
@@ -1187,7 +1217,7 @@ class _Worker(_Splitter):
         k = _encode(self.ranks, data, starts, num, self.specials, spans, self.lines, self.ids)
         return self.ids[:k].copy()
 
-# %% ../nbs/09_kernels.ipynb #82f3b789
+# %% ../nbs/09_kernels.ipynb #bed41c18
 class Encoder:
     "Turn UTF-8 into token ids."
 
@@ -1229,7 +1259,7 @@ class Encoder:
         chunks: Iterable[bytes],  # a text in pieces, cut anywhere
         *,
         num_workers: int = 1,  # threads
-        block_size: int = 1 << 20,  # bytes that a thread gets at a time
+        block_size: int = 1 << 18,  # bytes that a thread gets at a time
         progress: Callable[[int], object] | None = None,  # called with the size of each block that is given out
     ) -> Iterator[np.ndarray]:  # uint32 arrays; joined, they depend on the text alone
         "Encode a stream, in memory that does not grow with its length."
