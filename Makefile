@@ -34,7 +34,7 @@ lab: .venv/dev  ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab nbs
 
 docs: .venv/dev  ## build the site into _docs (Quarto if it is on PATH, else a stand-in)
-	$(BIN)/python tests/site.py
+	$(BIN)/python tests/build_site.py
 
 bench: .venv/dev  ## measure tinylm beside other tools
 	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
