@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'get_batch', 'evaluate', 'evaluate_stories', 'fables_floor
            'train_step', 'save_checkpoint', 'load_checkpoint', 'Stopped', 'train', 'resume', 'load_run', 'plot_run',
            'record_run']
 
-# %% ../nbs/05_train.ipynb #b796916f
+# %% ../nbs/05_train.ipynb #76e74063
 import hashlib
 import json
 import math
@@ -20,8 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -492,14 +491,14 @@ def _load_newest(
         raise InputError(f"{run_dir}: none of its {len(folders)} checkpoints can be used; start a new run")
     return None
 
-# %% ../nbs/05_train.ipynb #d7d4eb9e
+# %% ../nbs/05_train.ipynb #db50f971
 class _Log:
     """The log of a run: what the steps since the last line gave, and the files it goes to."""
 
     names = ("metrics.jsonl", "samples.txt")
 
     def __init__(self, run_dir: Path, state: dict[str, Any] | None):
-        saved = state["extra"] if state else {"pending": [], "seconds": 0.0, "sizes": {}}
+        saved: dict[str, Any] = state["extra"] if state else {"pending": [], "seconds": 0.0, "sizes": {}}
         self.run_dir, self.pending = run_dir, saved["pending"]
         self.started = time.perf_counter() - saved["seconds"]
         for name in self.names:
@@ -831,7 +830,7 @@ def _column(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
-# %% ../nbs/05_train.ipynb #b5390a8c
+# %% ../nbs/05_train.ipynb #40968598
 def plot_run(
     source: str | Path,  # a run folder, or a record made by record_run
 ) -> Any:  # a matplotlib Figure
@@ -844,14 +843,16 @@ def plot_run(
     axes["loss"].plot(*_column(rows, "val_loss"), label="validation", marker="o", ms=4)
     if floor is not None:
         axes["loss"].axhline(floor, color="black", ls=":", lw=1.2, label=f"floor {floor:.3f}")
-    axes["loss"].set(xlabel="step", ylabel="loss (nats per token)", title=name, yscale="log")
-    axes["loss"].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes["loss"].yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+    axes["loss"].set(xlabel="step", ylabel="loss (nats per token)", title=name)
     axes["loss"].legend()
     axes["lr"].plot(*_column(rows, "lr"))
     axes["lr"].set(ylabel="learning rate", xticklabels=[])
     axes["norm"].plot(*_column(rows, "grad_norm"))
-    axes["norm"].set(xlabel="step", ylabel="gradient norm", yscale="log")
+    axes["norm"].set(xlabel="step", ylabel="gradient norm")
+    for axis in (axes["loss"], axes["norm"]):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
     return figure
 
 # %% ../nbs/05_train.ipynb #47ef3ee5
