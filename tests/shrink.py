@@ -1,4 +1,4 @@
-"""Store a notebook's pictures with a palette of 64 colors, a third of the size: python tests/shrink.py nbs/00_data.ipynb
+"""Store pictures with a palette of 64 colors, a third of the size: python tests/shrink.py nbs/00_data.ipynb
 
 A plot has few colors, so nothing visible is lost. Run it after executing a chapter that pacing.py finds too heavy.
 """
