@@ -234,8 +234,8 @@ def test_short_and_long_pretokens_merge_alike(pairs, data):
     ranks = Encoder(byte_ids, pairs, new_ids)._ranks
     block, n = kernels._pad(letters), len(letters)
     one, two = np.zeros((2, n + 16), np.uint32)
-    n1 = kernels._merge_short(ranks, block, 0, n, one, 0, np.zeros(n + 1, np.int32)) if n else 0
-    n2 = kernels._merge_long(ranks, block, 0, n, two, 0) if n else 0
+    n1 = kernels._merge_short(*ranks, block, 0, n, one, 0, np.zeros(n + 1, np.int32)) if n else 0
+    n2 = kernels._merge_long(*ranks, block, 0, n, two, 0) if n else 0
     assert one[:n1].tolist() == two[:n2].tolist()
 
 

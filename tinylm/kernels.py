@@ -381,11 +381,10 @@ def _hash_bytes(data, i, n):
         i, n = i + 8, n - 8
     return h * _MIX2
 
-# %% ../nbs/09_kernels.ipynb #51aeae4d
+# %% ../nbs/09_kernels.ipynb #5bb3ee5a
 @_compiled
-def _add(table, data, i, n, count):
+def _add(slots, arena, offsets, counts, size, data, i, n, count):
     "Add to the count of data[i : i + n]; return False, and do nothing, if there is no room for a new string."
-    slots, arena, offsets, counts, size = table
     num = size[0]
     if num == len(counts) or offsets[num] + n + _PAD > len(arena):
         return False
@@ -449,24 +448,26 @@ def _line(low, high, bits):
     "The number of the cache line of a key, among 2**bits."
     return (low ^ high * _MIX2) * _MIX >> _u64(64 - bits)
 
-# %% ../nbs/09_kernels.ipynb #b1123a68
-_COUNT_BITS = 14
+# %% ../nbs/09_kernels.ipynb #8db8f05f
+_COUNT_BITS = 16
 
 @_compiled
-def _evict(lines, at, word, table):
+def _evict(lines, at, word, slots, arena, offsets, counts, size):
     "Move the count of a cache line into the table; False if that is full. `word` is room for 24 bytes."
     for j in range(8):
         word[j] = lines[at, 0] >> _u64(8 * j) & _u64(255)
         word[j + 8] = lines[at, 1] >> _u64(8 * j) & _u64(255)
-    return _add(table, word, np.int64(0), np.int64(lines[at, 1] >> _u64(56)), np.int64(lines[at, 2]))
+    n, count = np.int64(lines[at, 1] >> _u64(56)), np.int64(lines[at, 2])
+    return _add(slots, arena, offsets, counts, size, word, np.int64(0), n, count)
 
 @_compiled
 def _flush(lines, table):
     "Move all counts of the cache into the table; False if that is full."
+    slots, arena, offsets, counts, size = table
     word = np.zeros(24, np.uint8)
     for at in range(len(lines)):
         if lines[at, 2] != _u64(0):
-            if not _evict(lines, _u64(at), word, table):
+            if not _evict(lines, _u64(at), word, slots, arena, offsets, counts, size):
                 return False
             lines[at, 2] = 0
     return True
@@ -488,10 +489,11 @@ def _count_known(data, starts, t, stop, lines):
         t += _1
     return t
 
-# %% ../nbs/09_kernels.ipynb #74f5e4fa
+# %% ../nbs/09_kernels.ipynb #586fb774
 @_compiled
 def _count(data, starts, spans, t, num, nth, lines, table):
     "Count pretokens from t on, the special token number nth being next; return where the table was full."
+    slots, arena, offsets, counts, size = table
     word = np.zeros(24, np.uint8)
     while t < num:
         t = np.int64(_count_known(data, starts, _u64(t), _u64(num), lines))
@@ -502,12 +504,13 @@ def _count(data, starts, spans, t, num, nth, lines, table):
         if i == spans[nth, 0]:
             nth += 1
         elif n > 15:
-            if not _add(table, data, i, n, np.int64(1)):
+            if not _add(slots, arena, offsets, counts, size, data, i, n, np.int64(1)):
                 return t, nth
         else:
             low, high = _key(data, _u64(i), _u64(n))
             at = _line(low, high, _COUNT_BITS)
-            if lines[at, 2] != _u64(0) and not _evict(lines, at, word, table):
+            taken = lines[at, 2] != _u64(0)
+            if taken and not _evict(lines, at, word, slots, arena, offsets, counts, size):
                 return t, nth
             lines[at, 0], lines[at, 1], lines[at, 2] = low, high, 1
         t += 1
@@ -611,7 +614,7 @@ def _in_order(work: Callable[[_Block], _Result], blocks: Iterable[_Block], num_w
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# %% ../nbs/09_kernels.ipynb #2bdf1f2b
+# %% ../nbs/09_kernels.ipynb #77e496a1
 _FULL = 1 << 16  # entries of a thread's own table
 
 class _Total:
@@ -632,8 +635,10 @@ class _Total:
 @_compiled
 def _absorb(table, other, k):
     "Add the counts of another table from its string k on; return where this one was full."
-    while k < other.size[0]:
-        if not _add(table, other.arena, other.offsets[k], other.offsets[k + 1] - other.offsets[k], other.counts[k]):
+    slots, arena, offsets, counts, size = table
+    _, words, ends, times, num = other
+    while k < num[0]:
+        if not _add(slots, arena, offsets, counts, size, words, ends[k], ends[k + 1] - ends[k], times[k]):
             return k
         k += 1
     return k
@@ -739,12 +744,12 @@ def _left_of(symbol, i):
     s = symbol[i - 1]
     return -1 if s == _EDGE else i - 1 if s >= 0 else i + s
 
-# %% ../nbs/09_kernels.ipynb #a347e23e
+# %% ../nbs/09_kernels.ipynb #3cbec413
 @_compiled
-def _number_pairs(places, pairs):
-    "Number and count the pairs of bytes."
-    symbol, pair, used = places.symbol, places.pair, places.used
-    number = np.full(65536, -1, np.int32)
+def _number_pairs(places, pairs, notes):
+    "Number and count the pairs of bytes, and note their places; return how many notes."
+    symbol, pair, word, counts, _, used = places
+    times, number, m = pairs.times, np.full(65536, -1, np.int32), 0
     for i in range(1, len(symbol) - 1):
         a, b = symbol[i], symbol[i + 1]
         if a == _EDGE or b == _EDGE:
@@ -752,97 +757,107 @@ def _number_pairs(places, pairs):
         p = number[a << 8 | b]
         if p < 0:
             p = number[a << 8 | b] = used[1]
-            pairs.left[p], pairs.right[p], pairs.times[p], pairs.num[p] = a, b, 0, 0
             used[1] += 1
+            pairs.left[p], pairs.right[p], times[p], pairs.num[p] = a, b, 0, 0
         pair[i] = p
-        pairs.times[p] += places.counts[places.word[i]]
-        pairs.num[p] += 1
+        times[p] += counts[word[i]]
+        notes[m, 0], notes[m, 1] = i, p
+        m += 1
+    return m
+
+# %% ../nbs/09_kernels.ipynb #d17c67d1
+@_compiled
+def _fuse(symbol, pair, times, new, skip, whole, weight, i):
+    "Merge the token at place i, of `skip` bytes, and its neighbor into token `new`, of `whole` bytes."
+    before, right = _left_of(symbol, i), i + skip
+    if before >= 0 and symbol[before] != new:
+        times[pair[before]] -= weight
+    if pair[right] >= 0:
+        times[pair[right]] -= weight
+    pair[i] = pair[right] = -1
+    symbol[i], symbol[i + whole - 1] = new, -whole
+
+# %% ../nbs/09_kernels.ipynb #6c2ced8c
+@_compiled
+def _born(pairs, used, a, b):
+    "The number of a new pair."
+    p = used[1]
+    used[1] += 1
+    pairs.left[p], pairs.right[p], pairs.times[p], pairs.num[p] = a, b, 0, 0
+    return p
 
 @_compiled
-def _reserve(places, pairs, base):
-    "Reserve room for the places of all pairs from number `base` on."
-    for p in range(base, places.used[1]):
-        pairs.first[p] = places.used[0]
-        places.used[0] += pairs.num[p]
-        pairs.num[p] = 0
+def _join(pairs, times, used, symbol, pair, new, whole, base, by_left, by_right, weight, i, notes, m):
+    "Count the pairs of the new token at place i with its neighbors, and note their places; return how many notes."
+    before, after = _left_of(symbol, i), symbol[i + whole]
+    if before >= 0 and symbol[before] != new:  # else this pair was counted from there
+        other = symbol[before]
+        if by_left[other] < base:
+            by_left[other] = _born(pairs, used, other, new)
+        p = pair[before] = by_left[other]
+        times[p] += weight
+        notes[m, 0], notes[m, 1] = before, p
+        m += 1
+    if after != _EDGE:
+        if by_right[after] < base:
+            by_right[after] = _born(pairs, used, new, after)
+        p = pair[i] = by_right[after]
+        times[p] += weight
+        notes[m, 0], notes[m, 1] = i, p
+        m += 1
+    return m
 
+# %% ../nbs/09_kernels.ipynb #70bd9ba3
 @_compiled
-def _note(places, pairs, i, base):
-    "Note place i in the list of its pair, if that is new."
-    p = places.pair[i]
-    if p >= base:
-        places.where[pairs.first[p] + pairs.num[p]] = i
-        pairs.num[p] += 1
+def _list_notes(first, num, where, used, base, notes, m):
+    "Reserve room for each pair from number `base` on, and list its places."
+    for k in range(m):
+        num[notes[k, 1]] += 1
+    for p in range(base, used[1]):
+        first[p] = used[0]
+        used[0] += num[p]
+        num[p] = 0
+    for k in range(m):
+        p = notes[k, 1]
+        where[first[p] + num[p]] = notes[k, 0]
+        num[p] += 1
 
-# %% ../nbs/09_kernels.ipynb #73f5c9b5
+# %% ../nbs/09_kernels.ipynb #213b1bca
 @_compiled
-def _fuse(places, pairs, size, p, new):
-    "Merge pair p into token `new` wherever it stands; keep the list of these places, and return its length."
-    symbol, pair, where = places.symbol, places.pair, places.where
-    first, whole = pairs.first[p], size[new]
-    done = first
-    for k in range(first, first + pairs.num[p]):
-        i = np.int64(where[k])
-        if pair[i] != p:
-            continue
-        weight = places.counts[places.word[i]]
-        before, right = _left_of(symbol, i), i + size[pairs.left[p]]
-        if before >= 0 and symbol[before] != new:
-            pairs.times[pair[before]] -= weight
-        if pair[right] >= 0:
-            pairs.times[pair[right]] -= weight
-        pair[i] = pair[right] = -1
-        symbol[i], symbol[i + whole - 1] = new, -whole
-        where[done] = i
-        done += 1
-    pairs.times[p] = 0
-    return done - first
-
-# %% ../nbs/09_kernels.ipynb #344dfeae
-@_compiled
-def _join(places, pairs, base, numbers, other, i, a, b):
-    "Place i now starts the pair (a, b), one token of which is new and the other is `other`: count it."
-    p = numbers[other]
-    if p < base:
-        p = numbers[other] = places.used[1]
-        places.used[1] += 1
-        pairs.left[p], pairs.right[p], pairs.times[p], pairs.num[p] = a, b, 0, 0
-    pairs.times[p] += places.counts[places.word[i]]
-    pairs.num[p] += 1
-    places.pair[i] = p
-
-@_compiled
-def _pair_up(places, pairs, size, new, first, num, by_left, by_right):
-    "Make the pairs of a new token with its neighbors; return the number of the first of them."
-    symbol, where, base = places.symbol, places.where, places.used[1]
-    for k in range(first, first + num):
-        i = np.int64(where[k])
-        before, after = _left_of(symbol, i), np.int64(symbol[i + size[new]])
-        if before >= 0 and symbol[before] != new:
-            other = np.int64(symbol[before])
-            _join(places, pairs, base, by_left, other, before, other, new)
-        if after != _EDGE:
-            _join(places, pairs, base, by_right, after, i, new, after)
-    _reserve(places, pairs, base)
-    for k in range(first, first + num):
-        i = np.int64(where[k])
-        before = _left_of(symbol, i)
-        if before >= 0 and symbol[before] != new:
-            _note(places, pairs, before, base)
-        _note(places, pairs, i, base)
+def _replace(places, pairs, size, p, new, by_left, by_right):
+    "Merge pair p into token `new` wherever it stands; return the number of the first pair with the new token."
+    symbol, pair, word, counts, where, used = places
+    times, first, base, m = pairs.times, pairs.first[p], used[1], 0
+    stop, skip, whole = first + pairs.num[p], np.int64(size[pairs.left[p]]), np.int64(size[new])
+    notes = np.empty((2 * pairs.num[p], 2), np.int32)
+    k = first
+    while k < stop:
+        w, begin, done = word[where[k]], k, k
+        while k < stop and word[where[k]] == w:
+            i = np.int64(where[k])
+            if pair[i] == p:
+                _fuse(symbol, pair, times, new, skip, whole, counts[w], i)
+                where[done] = i
+                done += 1
+            k += 1
+        for q in range(begin, done):
+            i = np.int64(where[q])
+            m = _join(pairs, times, used, symbol, pair, new, whole, base, by_left, by_right, counts[w], i, notes, m)
+    times[p] = 0
+    _list_notes(pairs.first, pairs.num, where, used, base, notes, m)
     return base
 
-# %% ../nbs/09_kernels.ipynb #2388d2f1
+# %% ../nbs/09_kernels.ipynb #67a2180c
 @_compiled
-def _greater(tokens, a, b):
+def _greater(size, prefix, offsets, arena, a, b):
     "Whether the bytes of token a come after those of token b."
-    if tokens.prefix[a] != tokens.prefix[b]:
-        return tokens.prefix[a] > tokens.prefix[b]
-    i, j = tokens.offsets[a], tokens.offsets[b]
-    for k in range(min(tokens.size[a], tokens.size[b])):
-        if tokens.arena[i + k] != tokens.arena[j + k]:
-            return tokens.arena[i + k] > tokens.arena[j + k]
-    return tokens.size[a] > tokens.size[b]
+    if prefix[a] != prefix[b]:
+        return prefix[a] > prefix[b]
+    i, j = offsets[a], offsets[b]
+    for k in range(min(size[a], size[b])):
+        if arena[i + k] != arena[j + k]:
+            return arena[i + k] > arena[j + k]
+    return size[a] > size[b]
 
 @_compiled
 def _comes_first(tokens, pairs, p, count_p, q, count_q):
@@ -852,7 +867,7 @@ def _comes_first(tokens, pairs, p, count_p, q, count_q):
     a, b = pairs.left[p], pairs.left[q]
     if a == b:
         a, b = pairs.right[p], pairs.right[q]
-    return a != b and _greater(tokens, a, b)
+    return a != b and _greater(tokens.size, tokens.prefix, tokens.offsets, tokens.arena, a, b)
 
 class _Heap(NamedTuple):
     "Pairs, each before the two at 2i + 1 and 2i + 2."
@@ -860,33 +875,32 @@ class _Heap(NamedTuple):
     times: np.ndarray  # int64: how often it occurred when it came in
 
 @_compiled
-def _rise(heap, i, p, count, tokens, pairs):
-    "Put a pair into the empty place i, or higher."
+def _rise(pair, times, i, p, count, tokens, pairs):
+    "Put a pair into the empty place i of a heap, or higher."
     while i > 0:
         up = (i - 1) >> 1
-        if not _comes_first(tokens, pairs, p, count, np.int64(heap.pair[up]), heap.times[up]):
+        if not _comes_first(tokens, pairs, p, count, np.int64(pair[up]), times[up]):
             break
-        heap.pair[i], heap.times[i] = heap.pair[up], heap.times[up]
+        pair[i], times[i] = pair[up], times[up]
         i = up
-    heap.pair[i], heap.times[i] = p, count
+    pair[i], times[i] = p, count
 
 @_compiled
-def _sink(heap, size, p, count, tokens, pairs):
-    "Put a pair in the place of the first one, or lower."
+def _sink(pair, times, size, p, count, tokens, pairs):
+    "Put a pair in the place of the first one of a heap, or lower."
     i = 0
     while 2 * i + 1 < size:
         c = 2 * i + 1
-        d = c + 1
-        first, second = np.int64(heap.pair[c]), np.int64(heap.pair[min(d, size - 1)])
-        if d < size and _comes_first(tokens, pairs, second, heap.times[d], first, heap.times[c]):
-            c, first = d, second
-        if not _comes_first(tokens, pairs, first, heap.times[c], p, count):
+        d = min(c + 1, size - 1)
+        if _comes_first(tokens, pairs, np.int64(pair[d]), times[d], np.int64(pair[c]), times[c]):
+            c = d
+        if not _comes_first(tokens, pairs, np.int64(pair[c]), times[c], p, count):
             break
-        heap.pair[i], heap.times[i] = heap.pair[c], heap.times[c]
+        pair[i], times[i] = pair[c], times[c]
         i = c
-    heap.pair[i], heap.times[i] = p, count
+    pair[i], times[i] = p, count
 
-# %% ../nbs/09_kernels.ipynb #5fc9e354
+# %% ../nbs/09_kernels.ipynb #c27626fc
 @_compiled
 def _most_frequent(heap, size, tokens, pairs):
     "The first pair by its count of today, or -1 if no pair is left."
@@ -894,7 +908,7 @@ def _most_frequent(heap, size, tokens, pairs):
         p = np.int64(heap.pair[0])
         if heap.times[0] == pairs.times[p]:
             return p if heap.times[0] > 0 else -1
-        _sink(heap, size, p, pairs.times[p], tokens, pairs)
+        _sink(heap.pair, heap.times, size, p, pairs.times[p], tokens, pairs)
     return -1
 
 @_compiled
@@ -909,17 +923,16 @@ def _add_token(tokens, new, a, b):
         tokens.prefix[new] |= _u64(tokens.arena[at + k]) << _u64(56 - 8 * k)
     tokens.size[new], tokens.offsets[new + 1] = size, at + size
 
-# %% ../nbs/09_kernels.ipynb #d6d2c8c5
+# %% ../nbs/09_kernels.ipynb #846fcd49
 @_compiled
 def _start(places, pairs, tokens, heap):
     "Note the places of all pairs of bytes and put them into the heap; return its size."
-    base = np.int64(0)
-    _number_pairs(places, pairs)
-    _reserve(places, pairs, base)
-    for i in range(1, len(places.symbol) - 1):
-        _note(places, pairs, i, base)
+    n = len(places.symbol)
+    notes = places.where[n : 3 * n].reshape(n, 2)  # not in use yet
+    m = _number_pairs(places, pairs, notes)
+    _list_notes(pairs.first, pairs.num, places.where, places.used, np.int64(0), notes, m)
     for p in range(places.used[1]):
-        _rise(heap, p, p, pairs.times[p], tokens, pairs)
+        _rise(heap.pair, heap.times, p, p, pairs.times[p], tokens, pairs)
     return places.used[1]
 
 @_compiled
@@ -936,15 +949,14 @@ def _merge_on(places, pairs, tokens, heap, by_left, by_right, merges, step):
             return step, False
         merges[step, 0], merges[step, 1] = a, b
         _add_token(tokens, new, a, b)
-        num = _fuse(places, pairs, tokens.size, p, new)
-        base = _pair_up(places, pairs, tokens.size, new, pairs.first[p], num, by_left, by_right)
+        base = _replace(places, pairs, tokens.size, p, new, by_left, by_right)
         for q in range(base, places.used[1]):
-            _rise(heap, q, q, pairs.times[q], tokens, pairs)
+            _rise(heap.pair, heap.times, q, q, pairs.times[q], tokens, pairs)
         size = places.used[1]
         step += 1
     return step, True
 
-# %% ../nbs/09_kernels.ipynb #ec91d289
+# %% ../nbs/09_kernels.ipynb #c7773974
 def _bytes_as_tokens(num_merges: int) -> _Tokens:
     "The 256 bytes, with room for merges."
     n = 256 + num_merges
@@ -959,9 +971,10 @@ def _places_of(pretokens: Pretokens) -> _Places:
     total = int(pretokens.offsets[-1]) + len(pretokens.counts) + 1
     if total >= 2**31:
         raise ValueError(f"{total:,} bytes of distinct pretokens are more than 2**31")
-    symbol, word, where = np.empty(total, np.int32), np.empty(total, np.int32), np.empty(3 * total, np.int32)
+    symbol, pair, word = np.full((total, 3), -1, np.int32).T
     _lay_out(pretokens, symbol, word)
-    return _Places(symbol, np.full(total, -1, np.int32), word, pretokens.counts, where, np.zeros(2, np.int64))
+    where = np.empty(3 * total, np.int32)
+    return _Places(symbol, pair, word, pretokens.counts, where, np.zeros(2, np.int64))
 
 def _room_for_pairs(room: int) -> tuple[_Pairs, _Heap]:
     pairs = _Pairs(*(np.empty(room, dtype) for dtype in (np.int32, np.int32, np.int64, np.int64, np.int32)))
@@ -1044,7 +1057,7 @@ def _encode_known(data, starts, t, stop, lines, ids, k):
         t += _1
     return t, k
 
-# %% ../nbs/09_kernels.ipynb #008db57d
+# %% ../nbs/09_kernels.ipynb #085662c1
 _NONE = 2**22 - 1  # the rank of a pair that no merge joins
 
 class _Ranks(NamedTuple):
@@ -1064,9 +1077,9 @@ def _slot(slots, a, b):
     return at
 
 @_compiled
-def _rank(ranks, a, b):
+def _rank(slots, a, b):
     "The rank of the merge of two ids, or _NONE."
-    return (np.int64(ranks.slots[_slot(ranks.slots, a, b)] & _u64(_NONE)) - 1) & _NONE
+    return (np.int64(slots[_slot(slots, a, b)] & _u64(_NONE)) - 1) & _NONE
 
 @_compiled
 def _fill_ranks(ranks, merges):
@@ -1078,15 +1091,15 @@ def _fill_ranks(ranks, merges):
             ranks.slots[at] = _u64(a) << _u64(43) | _u64(b) << _u64(22) | _u64(r + 1)
     for x in range(256):
         for y in range(256):
-            ranks.byte_pairs[x, y] = _rank(ranks, ranks.byte_ids[x], ranks.byte_ids[y])
+            ranks.byte_pairs[x, y] = _rank(ranks.slots, ranks.byte_ids[x], ranks.byte_ids[y])
 
-# %% ../nbs/09_kernels.ipynb #bbb59cfe
+# %% ../nbs/09_kernels.ipynb #fa5a97be
 @_compiled
-def _merge_short(ranks, data, i, n, ids, k, rank):
+def _merge_short(byte_ids, byte_pairs, slots, new_ids, data, i, n, ids, k, rank):
     "Encode data[i : i + n] into ids from k on, looking at all pairs for each merge; return the number of ids."
     for j in range(n):
-        ids[k + j] = ranks.byte_ids[data[i + j]]
-        rank[j] = ranks.byte_pairs[data[i + j], data[i + j + 1]]
+        ids[k + j] = byte_ids[data[i + j]]
+        rank[j] = byte_pairs[data[i + j], data[i + j + 1]]
     while n > 1:
         at = 0
         for j in range(1, n - 1):
@@ -1094,14 +1107,14 @@ def _merge_short(ranks, data, i, n, ids, k, rank):
                 at = j
         if rank[at] == _NONE:
             break
-        ids[k + at] = ranks.new_ids[rank[at]]
+        ids[k + at] = new_ids[rank[at]]
         n -= 1
         for j in range(at + 1, n):
             ids[k + j], rank[j] = ids[k + j + 1], rank[j + 1]
         if at > 0:
-            rank[at - 1] = _rank(ranks, ids[k + at - 1], ids[k + at])
+            rank[at - 1] = _rank(slots, ids[k + at - 1], ids[k + at])
         if at < n - 1:
-            rank[at] = _rank(ranks, ids[k + at], ids[k + at + 1])
+            rank[at] = _rank(slots, ids[k + at], ids[k + at + 1])
     return n
 
 # %% ../nbs/09_kernels.ipynb #7c93cd0f
@@ -1140,42 +1153,43 @@ def _gather(ids, k, right, n):
         i = right[i]
     return num
 
-# %% ../nbs/09_kernels.ipynb #263c875d
+# %% ../nbs/09_kernels.ipynb #a539e529
 @_compiled
-def _merge_long(ranks, data, first, n, ids, k):
+def _merge_long(byte_ids, byte_pairs, slots, new_ids, data, first, n, ids, k):
     "As `_merge_short`, but with a heap of ranks and places, the leftmost of equal ranks first."
     right, left = np.arange(1, n + 1), np.arange(-1, n - 1)
     rank, heap, size = np.full(n + 1, _NONE, np.int32), np.empty(3 * n, np.uint64), 0
     for i in range(n - 1):
-        rank[i] = ranks.byte_pairs[data[first + i], data[first + i + 1]]
+        rank[i] = byte_pairs[data[first + i], data[first + i + 1]]
         if rank[i] != _NONE:
             _push(heap, size, _u64(rank[i]) << _u64(32) | _u64(i))
             size += 1
     for i in range(n):
-        ids[k + i] = ranks.byte_ids[data[first + i]]
+        ids[k + i] = byte_ids[data[first + i]]
     while size > 0:
         r, i = _pop(heap, size)
         size -= 1
         if rank[i] != r:  # an earlier merge was here
             continue
         j = right[i]
-        ids[k + i], rank[j], right[i] = ranks.new_ids[r], _NONE, right[j]
+        ids[k + i], rank[j], right[i] = new_ids[r], _NONE, right[j]
         if right[i] < n:
             left[right[i]] = i
         for a in (left[i], i):
             if a >= 0:
-                rank[a] = _rank(ranks, ids[k + a], ids[k + right[a]]) if right[a] < n else _NONE
+                rank[a] = _rank(slots, ids[k + a], ids[k + right[a]]) if right[a] < n else _NONE
                 if rank[a] != _NONE:
                     _push(heap, size, _u64(rank[a]) << _u64(32) | _u64(a))
                     size += 1
     return _gather(ids, k, right, n)
 
-# %% ../nbs/09_kernels.ipynb #778c82d5
+# %% ../nbs/09_kernels.ipynb #04b4fd89
 _SHORT = 64  # bytes
 
 @_compiled
 def _encode(ranks, data, starts, num, specials, spans, lines, ids):
     "Encode the pretokens and special tokens of a block; return the number of ids."
+    byte_ids, byte_pairs, slots, new_ids = ranks
     rank = np.empty(_SHORT + 1, np.int32)
     t = k = nth = np.int64(0)
     while t < num:
@@ -1190,12 +1204,12 @@ def _encode(ranks, data, starts, num, specials, spans, lines, ids):
             m = 1
             nth += 1
         elif n <= _SHORT:
-            m = _merge_short(ranks, data, i, n, ids, k, rank)
+            m = _merge_short(byte_ids, byte_pairs, slots, new_ids, data, i, n, ids, k, rank)
             if n <= 15:
                 low, high = _key(data, _u64(i), _u64(n))
                 _remember(lines, low, high, ids, k, m)
         else:
-            m = _merge_long(ranks, data, i, n, ids, k)
+            m = _merge_long(byte_ids, byte_pairs, slots, new_ids, data, i, n, ids, k)
         k += m
         t += 1
     return k
