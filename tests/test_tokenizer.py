@@ -1,11 +1,14 @@
 """Faults, equality with other tokenizers, and properties of tinylm.tokenizer that are no lesson."""
 
 import gzip
+import functools
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -15,13 +18,14 @@ import pytest
 import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from tinylm.data import END_OF_TEXT, InputError
+from tinylm.kernels import count_pretokens
 from tinylm.tokenizer import (
     PRETOKEN_PATTERN,
     TokenFile,
     Tokenizer,
-    count_pretokens,
     file_sha256,
     merge_pretokens,
     train_bpe,
@@ -97,52 +101,78 @@ def test_merges_equal_the_naive_ones_on_any_text(text):
     assert merge_pretokens(count(text), 100) == train_bpe_naive(text, 256 + 100, [])[1]
 
 
+def test_merges_stop_when_no_pair_is_left_however_many_are_wanted():
+    assert merge_pretokens({b"abc": 2, b"b": 1}, 10**9) == [(b"b", b"c"), (b"a", b"bc")]
+    assert merge_pretokens({}, 5) == merge_pretokens({b"a": 3}, 5) == merge_pretokens({b"ab": 1}, 0) == []
+
+
+def train_in_pieces(monkeypatch, path, vocab_size, special, num_workers, block_size):
+    with monkeypatch.context() as patch:
+        in_pieces = functools.partial(count_pretokens, block_size=block_size)
+        patch.setattr("tinylm.tokenizer.count_pretokens", in_pieces)
+        return train_bpe(path, vocab_size, special, num_workers=num_workers)
+
+
+@pytest.mark.filterwarnings("ignore:.*no pair is left")
+@pytest.mark.parametrize("num_workers", [1, 2, 8])
 @given(text=TEXTS, block_size=st.integers(1, 50))
-@settings(max_examples=200)
-def test_counts_do_not_depend_on_the_blocks(text, block_size, tmp_path_factory):
+@settings(max_examples=40)
+def test_any_workers_and_blocks_train_as_the_naive_one(text, block_size, num_workers, tmp_path_factory):
     path = tmp_path_factory.mktemp("blocks") / "x.txt"
     path.write_text("." + text, encoding="utf-8", newline="")
-    whole = count_pretokens(path, SPECIAL, num_workers=1)
-    assert whole == count_pretokens(path, SPECIAL, num_workers=1, block_size=block_size)
-    parts = regex.split("|".join(map(regex.escape, sorted(SPECIAL, key=len, reverse=True))), "." + text)
-    assert whole == sum(map(count, parts), Counter())
+    with pytest.MonkeyPatch.context() as patch:
+        found = train_in_pieces(patch, path, 300, SPECIAL, num_workers, block_size)
+    assert found == train_bpe_naive("." + text, 300, SPECIAL)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 4])
-@pytest.mark.parametrize("block_size", [100, 3000])
-def test_any_number_of_workers_gives_the_same_counts(corpus_path, num_workers, block_size):
-    text = corpus_path.read_bytes().decode()
-    expected = Counter()
-    for part in text.split(END_OF_TEXT):
-        expected += count(part)
-    assert count_pretokens(corpus_path, [END_OF_TEXT], num_workers=num_workers, block_size=block_size) == expected
+@pytest.mark.parametrize("num_workers", [1, 2, 8])
+@pytest.mark.parametrize("block_size", [7, 100, 3000])
+def test_any_workers_and_blocks_train_alike_on_a_file(corpus_path, naive, num_workers, block_size, monkeypatch):
+    assert train_in_pieces(monkeypatch, corpus_path, 500, SPECIAL, num_workers, block_size) == naive
 
 
-def test_trainer_equals_the_naive_one_on_a_file(corpus_path):
-    text = corpus_path.read_bytes().decode()
-    naive = train_bpe_naive(text, 500, SPECIAL)
+@pytest.fixture(scope="session")
+def naive(corpus_path):
+    return train_bpe_naive(corpus_path.read_bytes().decode(), 500, SPECIAL)
+
+
+def test_trainer_equals_the_naive_one_on_a_file(corpus_path, naive):
     assert train_bpe(corpus_path, 500, SPECIAL) == naive
-    assert train_bpe(corpus_path, 500, SPECIAL, num_workers=2) == naive
 
 
 def test_gzip_and_crlf_are_read_as_they_are(corpus_path, tmp_path):
     packed = tmp_path / "corpus.txt.gz"
     packed.write_bytes(gzip.compress(corpus_path.read_bytes()))
     assert train_bpe(packed, 400, SPECIAL) == train_bpe(corpus_path, 400, SPECIAL)
-    assert any(b"\r" in pretoken for pretoken in count_pretokens(packed, SPECIAL))
+    packed.write_bytes(gzip.compress(b"a\r\n\r\nb" * 9))
+    assert train_bpe(packed, 257, [])[1] == [(b"\r", b"\n")]
 
 
-def test_invalid_utf8_in_a_corpus_becomes_the_replacement_character(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*no pair is left")
+def test_invalid_utf8_in_a_corpus_becomes_the_replacement_character(tokenizer, tmp_path, monkeypatch):
     path = tmp_path / "broken.txt"
     path.write_bytes(b"ab \xff\xfe cd \xf0\x9f end \xe2\x82")
-    expected = count(path.read_bytes().decode("utf-8", "replace"))
-    assert count_pretokens(path, []) == expected == count_pretokens(path, [], block_size=1)
+    text = path.read_bytes().decode("utf-8", "replace")
+    for block_size in (1, 1000):
+        assert train_in_pieces(monkeypatch, path, 300, [], 2, block_size) == train_bpe_naive(text, 300, [])
+    assert tokenizer.encode_file(path, tmp_path / "x").tokens().tolist() == tokenizer.encode(text)
 
 
-def test_a_corpus_of_special_tokens_alone_has_no_pretokens(tmp_path):
+def test_a_corpus_of_special_tokens_alone_has_nothing_to_merge(tmp_path):
     path = tmp_path / "special.txt"
     path.write_text(END_OF_TEXT * 1000, encoding="utf-8")
-    assert count_pretokens(path, [END_OF_TEXT], block_size=50) == {}
+    with pytest.warns(UserWarning, match="no pair is left"):
+        assert train_bpe(path, 300, [END_OF_TEXT])[1] == []
+
+
+def test_a_bar_shows_bytes_and_merges(corpus_path, monkeypatch, tokenizer, tmp_path, capfd):
+    monkeypatch.setattr("tinylm.tokenizer._bar", lambda what, unit, total: tqdm(total=total, desc=what, unit=unit))
+    train_bpe(corpus_path, 500, SPECIAL)
+    tokenizer.encode_file(corpus_path, tmp_path / "x")
+    said, size = capfd.readouterr().err, corpus_path.stat().st_size
+    bars = ["counting corpus.txt: 100%|", "encoding corpus.txt: 100%|", "merging: 100%|", f"{size}/{size}", "240/240"]
+    for part in bars:
+        assert part in said
 
 
 @pytest.mark.parametrize("vocab_size", [-1, 0, 256])
@@ -235,11 +265,23 @@ def cut(text, places):
 @given(text=TEXTS, places=st.lists(st.integers(0, 1000), max_size=20), size=st.integers(1, 40))
 @settings(max_examples=500)
 def test_streaming_gives_the_ids_of_the_whole(tokenizer, text, places, size):
-    from tinylm.tokenizer import _blocks
+    chunks = cut(text, places)
+    with pytest.MonkeyPatch.context() as patch:
+        small = functools.partial(tokenizer._encoder.encode_chunks, num_workers=2)
+        patch.setattr(tokenizer._encoder, "encode_chunks", lambda chunks, block_size: small(chunks, block_size=size))
+        assert list(tokenizer.encode_iterable(chunks)) == tokenizer.encode(text)
+    assert list(tokenizer.encode_iterable(chunks)) == tokenizer.encode(text)
 
-    blocks = _blocks(cut(text, places), tokenizer.special_tokens, size)
-    assert [i for block in blocks for i in tokenizer.encode(block)] == tokenizer.encode(text)
-    assert list(tokenizer.encode_iterable(cut(text, places))) == tokenizer.encode(text)
+
+@given(data=st.lists(st.one_of(PIECES.map(str.encode), st.binary(max_size=4)), max_size=20).map(b"".join))
+@settings(max_examples=60)
+def test_a_file_of_any_bytes_gives_the_ids_of_its_text(tokenizer, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "x.txt").write_bytes(b"." + data)
+    expected = tokenizer.encode("." + data.decode(errors="replace"))
+    for num_workers in (1, 8):
+        made = tokenizer.encode_file(folder / "x.txt", folder / "x", num_workers=num_workers)
+        assert made.tokens().tolist() == expected
 
 
 def test_streaming_takes_what_it_needs_and_no_more(tokenizer):
@@ -257,36 +299,42 @@ def test_streaming_takes_what_it_needs_and_no_more(tokenizer):
 
 
 def test_streaming_memory_stays_constant(tokenizer):
-    import tracemalloc
+    chunk = CORPUS * 60  # about 70 kB
 
     def peak(repeats):
         tracemalloc.start()
-        for _ in tokenizer.encode_iterable(itertools.repeat(CORPUS, repeats)):
-            pass
+        count = sum(1 for _ in tokenizer.encode_iterable(itertools.repeat(chunk, repeats)))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        return peak
+        return peak, count
 
-    peak(20)  # fill the cache
-    assert peak(400) < 1.5 * peak(40) + 100_000
-
-
-def test_text_without_a_cut_is_searched_a_bounded_number_of_times(monkeypatch):
-    from tinylm import tokenizer
-
-    searched = []
-    monkeypatch.setattr(tokenizer, "_safe_cut", lambda text, *_: searched.append(len(text)) or 0)
-    assert "".join(tokenizer._blocks(["a" * 100] * 10_000, [], 1000)) == "a" * 1_000_000
-    assert sum(searched) < 3_000_000
+    peak(2)  # what the first call makes and keeps
+    (short, few), (long, many) = peak(4), peak(40)
+    assert many == pytest.approx(10 * few, rel=0.01) and long < 1.2 * short + 100_000 < 5_000_000
 
 
-def test_cache_is_bounded(tokenizer):
-    fresh = Tokenizer(tokenizer.vocab, tokenizer.merges, SPECIAL)
-    for start in range(0, 140_000, 1000):
-        fresh.encode(" ".join(map(str, range(start, start + 1000))))
-    assert len(fresh._cache) <= 1 << 17
-    fresh.encode("y" * 100_000)
-    assert max(map(len, fresh._cache)) <= 32
+LONG_FILE = """
+import resource, sys
+from tinylm.tokenizer import Tokenizer
+tokenizer = Tokenizer({i: bytes([i]) for i in range(256)} | {256: b"he"}, [(b"h", b"e")])
+peaks = []
+for path in sys.argv[1:]:
+    count = tokenizer.encode_file(path, path + ".bin", num_workers=2).count
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+print(count, peaks[1] - peaks[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no getrusage here")
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    block = b"the weather in the hills is the same as ever, he said\n" * 20_000  # 1.1 MB
+    for name, repeats in (("short.txt.gz", 8), ("long.txt.gz", 50)):
+        with gzip.open(tmp_path / name, "wb", compresslevel=1) as file:
+            for _ in range(repeats):
+                file.write(block)
+    command = [sys.executable, "-c", LONG_FILE, str(tmp_path / "short.txt.gz"), str(tmp_path / "long.txt.gz")]
+    count, grown = map(int, subprocess.run(command, capture_output=True, check=True, timeout=300).stdout.split())
+    assert count == 50 * 20_000 * (len(block) // 20_000 - 5) and grown < 20_000_000  # the long text has 55 MB
 
 
 @pytest.mark.parametrize("text", ["a" * 1_000_000, "ab12é🦊" * 170_000], ids=["one letter", "no space"])
@@ -315,6 +363,18 @@ def test_special_token_that_the_vocabulary_does_not_hold_gets_the_next_id(tokeni
     more = Tokenizer(tokenizer.vocab, tokenizer.merges, [*SPECIAL, "<|new|>"])
     assert more.encode("<|new|>") == [500] and more.vocab_size == 501
     assert more.fingerprint != tokenizer.fingerprint
+
+
+def test_ids_that_the_vocabulary_leaves_out():
+    gappy = Tokenizer({i: bytes([i]) for i in range(256)} | {300: b"ab"}, [(b"a", b"b")])
+    assert gappy.encode("xab") == [120, 300] and gappy.decode(iter([120, 300])) == "xab" and gappy.decode([]) == ""
+    with pytest.raises(InputError, match="token id 299"):
+        gappy.decode([120, 299])
+
+
+def test_ids_too_large_to_be_encoded(tokenizer):
+    with pytest.raises(InputError, match="token id 2097152"):
+        Tokenizer(tokenizer.vocab | {1 << 21: b"!!"}, tokenizer.merges)
 
 
 @pytest.mark.parametrize("bad", [-1, 500, 10**9])
@@ -518,10 +578,11 @@ def test_token_file_with_an_id_outside_the_vocabulary(token_file, tokenizer):
 def test_failure_while_encoding_leaves_the_old_pair(tokenizer, token_file, corpus_path, tmp_path, monkeypatch):
     before = token_file.path.read_bytes()
 
-    def fail(text):
+    def fail(chunks, **how):
+        yield np.zeros(3, np.uint32)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenizer, "encode", fail, raising=True)
+    monkeypatch.setattr(tokenizer._encoder, "encode_chunks", fail)
     with pytest.raises(KeyboardInterrupt):
         tokenizer.encode_file(corpus_path, token_file.path)
     assert TokenFile.load(token_file.path) == token_file and token_file.path.read_bytes() == before
@@ -569,3 +630,22 @@ def test_full_disk_leaves_nothing_half_written(tmp_path, limit):
 def test_import_leaves_torch_alone():
     code = "import tinylm.tokenizer, sys; assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+FIRST_USE = """
+import sys
+from tinylm.tokenizer import Tokenizer
+Tokenizer({i: bytes([i]) for i in range(256)}, [])
+print("made", file=sys.stderr)
+"""
+
+
+def test_compiling_is_announced_once_and_only_where_it_happens(tmp_path):
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+
+    def run():
+        done = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True, env=env, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stderr.splitlines()
+
+    assert run()[0].startswith("tinylm: compiling the tokenizer") and len(run()) == 1
