@@ -166,7 +166,17 @@ class TokenizeOptions:
     vocab_size: int = 1024  # number of token ids: 256 bytes, merges, and <|endoftext|>
     data_dir: str = "data"  # folder that keeps corpora, tokenizers and token files
 
-# %% ../nbs/10_cli.ipynb #59daafb3
+# %% ../nbs/10_cli.ipynb #a99b77d0
+def _peak_memory() -> str:
+    "Tell the most memory that this process has held, where the system counts it."
+    try:
+        import resource
+    except ImportError:
+        return "not counted on this system"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _size(peak if sys.platform == "darwin" else 1024 * peak)
+
+# %% ../nbs/10_cli.ipynb #9be26cf3
 def _tokenize(argv: Sequence[str]) -> int:
     "Run `tinylm tokenize`."
     options, _, _ = _parse(TokenizeOptions, argv, "tokenize")
@@ -185,7 +195,8 @@ def _tokenize(argv: Sequence[str]) -> int:
     words = [token for token in tokenizer.vocab.values() if token != END_OF_TEXT.encode()]
     longest = sorted(words, key=len, reverse=True)[:8]
     print("longest tokens:", ", ".join(repr(t.decode("utf-8", "replace")) for t in longest))
-    print(f"{tokenizer.vocab_size:,} token ids; {seconds:.1f} seconds; fingerprint {tokenizer.fingerprint[:12]}")
+    print(f"{tokenizer.vocab_size:,} token ids; fingerprint {tokenizer.fingerprint[:12]}")
+    print(f"{seconds:.1f} seconds; peak memory {_peak_memory()}")
     return 0
 
 # %% ../nbs/10_cli.ipynb #96e09a6b

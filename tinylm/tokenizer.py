@@ -102,7 +102,7 @@ def merge_pretokens(
         tokens.append(tokens[a] + tokens[b])
     return merges
 
-# %% ../nbs/00_tokenizer.ipynb #d255345e
+# %% ../nbs/00_tokenizer.ipynb #9e52daa6
 class _Announcement(event.Listener):
     "Says at the first compilation why it takes a while."
 
@@ -111,7 +111,7 @@ class _Announcement(event.Listener):
     def on_start(self, event: event.Event) -> None:
         if not self.said and event.data["dispatcher"].py_func.__module__ == "tinylm.kernels":
             self.said = True
-            tqdm.write("tinylm: compiling the tokenizer, which takes about 15 seconds at first use", file=sys.stderr)
+            tqdm.write("tinylm: compiling the tokenizer, at first use alone (all of it: 15 seconds)", file=sys.stderr)
 
     def on_end(self, event: event.Event) -> None:
         pass
