@@ -223,8 +223,8 @@ PRESETS = {
         log_every=5, eval_every=20, eval_windows=16, checkpoint_every=20,
     ),
     "laptop": TrainConfig(
-        preset="laptop", vocab_size=1792, context_length=256, d_model=128, num_layers=4, num_heads=4, d_ff=352,
-        lr=1e-2, batch_size=8, warmup_iters=50, cosine_cycle_iters=800,
+        preset="laptop", vocab_size=1792, context_length=256, d_model=128, num_layers=2, num_heads=8, d_ff=352,
+        lr=1e-2, batch_size=8, warmup_iters=50, cosine_cycle_iters=1200,
         log_every=10, eval_every=200, eval_windows=64, checkpoint_every=200,
     ),
     "reference": TrainConfig(preset="reference"),
