@@ -289,7 +289,7 @@ def test_streaming_takes_what_it_needs_and_no_more(tokenizer):
 
     def endless():
         nonlocal taken
-        while True:
+        while taken < 100_000:  # as good as endless, and no trap for a program that reads it all
             taken += 1
             yield "Once upon a time. "
 
@@ -648,4 +648,5 @@ def test_compiling_is_announced_once_and_only_where_it_happens(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stderr.splitlines()
 
-    assert run()[0].startswith("tinylm: compiling the tokenizer") and len(run()) == 1
+    first, second = run(), run()
+    assert first[0].startswith("tinylm: compiling the tokenizer") and first[1:] == second == ["made"]
