@@ -313,7 +313,7 @@ def test_the_built_in_corpus_is_reused_when_whole_and_made_again_when_not(tmp_pa
     made = paths["train"].stat().st_mtime_ns
     fetch_corpus("fables", tmp_path)
     assert paths["train"].stat().st_mtime_ns == made
-    with open(paths["train"], "a") as file:
+    with open(paths["train"], "a", encoding="utf-8") as file:
         file.write("edited")
     fetch_corpus("fables", tmp_path)
     assert list(read_documents(paths["train"])) == list(fables(30, 0))
