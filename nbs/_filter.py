@@ -2,7 +2,8 @@
 
 nbdev hides its directives and tells where documentation belongs. Around it, this script writes the documentation of
 each public name from the package itself, keeps the introduction (nbdev drops what shares a cell with the title), adds
-the line that opens the chapter in Colab, and points links between chapters at their notebooks, as Quarto wants.
+the line that opens the chapter in Colab, takes out nbval's marks, and points links between chapters at their notebooks,
+as Quarto wants.
 """
 import importlib
 import inspect
@@ -105,6 +106,7 @@ def page(notebook: dict, path: Path) -> dict:
             cell.source = documentation(module, found[1])
             cell.cell_type = "markdown"
             cell.pop("outputs", None)
+        cell.source = cell.source.removeprefix("# NBVAL_CHECK_OUTPUT\n")
         if cell.cell_type != "code":
             cell.source = link_chapters(cell.source, site, chapters)
     nb.cells[0].source = re.sub(r"^output-file:.*\n", "", nb.cells[0].source, flags=re.MULTILINE)

@@ -11,7 +11,7 @@ from build_site import build, copy_project
 from conftest import CHAPTERS, ROOT, served
 
 SOURCE = re.compile(r"https://github\.com/tinylm/tinylm/blob/main/(.+)#L(.+)")
-DIRECTIVE = re.compile(r"^\s*(#\s*\|.*|:::.*|.*\bshow_doc\(.*)$", re.MULTILINE)  # marks for nbdev and Quarto
+DIRECTIVE = re.compile(r"^\s*(#\s*(\||NBVAL).*|:::.*|.*\bshow_doc\(.*)$", re.MULTILINE)  # for nbdev, nbval, Quarto
 SIZES = {"desktop": (1300, 900), "phone": (390, 800)}
 SCHEMES = {"desktop": "light", "phone": "dark"}
 
