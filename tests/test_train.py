@@ -18,7 +18,6 @@ from torch.testing import assert_close
 from tinylm.data import END_OF_TEXT, InputError, fables
 from tinylm.model import TransformerLM
 from tinylm.optim import AdamW
-from tinylm.tokenizer import TokenFile
 from tinylm.train import (
     PRESETS,
     Stopped,
@@ -318,18 +317,54 @@ def test_a_corpus_shorter_than_a_window(config, tmp_path):
     assert not Path(config.run_dir).exists()
 
 
-def test_token_files_of_another_tokenizer_are_made_again(config, tmp_path, capsys):
-    data = tmp_path / "data"
-    shutil.copytree(config.data_dir, data)
-    config = replace(config, data_dir=str(data))
-    _, file, _ = prepare(config)
-    path = file.path.with_suffix(".json")
-    path.write_text(path.read_text(encoding="utf-8").replace(file.fingerprint, "0" * 64), encoding="utf-8")
-    with pytest.raises(InputError, match="tokenizer"):
-        TokenFile.load(path).check(prepare(replace(config, data_dir=str(tmp_path / "other")))[0])
-    tokenizer, again, _ = prepare(config)
-    again.check(tokenizer)
-    assert again == file
+@pytest.fixture
+def own_data(config, tmp_path):
+    "The config with a data folder of its own, to spoil."
+    shutil.copytree(config.data_dir, tmp_path / "data")
+    return replace(config, data_dir=str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_token_files_of_another_tokenizer_are_refused(own_data, which):
+    tokenizer, *_ = prepared = prepare(own_data)
+    path = prepared[which].path.with_suffix(".json")
+    path.write_text(path.read_text(encoding="utf-8").replace(tokenizer.fingerprint, "0" * 64), encoding="utf-8")
+    with pytest.raises(InputError, match=f"made by tokenizer 000000000000, expected {tokenizer.fingerprint[:12]}"):
+        prepare(own_data)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize("change", [-1, -2, 6])
+def test_a_token_file_of_another_size_is_refused(own_data, which, change):
+    file = prepare(own_data)[which]
+    size = file.path.stat().st_size
+    os.truncate(file.path, size + change)
+    with pytest.raises(InputError, match=f"{size + change} bytes, expected {size} .*delete it"):
+        prepare(own_data)
+    file.path.unlink()
+    assert prepare(own_data)[which] == file and file.path.stat().st_size == size
+
+
+def test_an_unfinished_token_file_is_made_again(own_data):
+    "The description is written last, so without it the encoding was killed."
+    for file in prepare(own_data)[1:]:
+        file.path.write_bytes(file.path.read_bytes()[:100])
+        file.path.with_suffix(".json").unlink()
+        assert file in prepare(own_data)
+
+
+def test_killed_after_the_tokenizer_of_a_changed_text_was_saved(own_data, tmp_path, monkeypatch):
+    "The old token files belong to the old tokenizer; the next command sees that and is not stuck."
+    changed = replace(own_data, corpus=write_fables(tmp_path / "train.txt", 301, 6))
+    shutil.move(str(Path(own_data.data_dir) / "train"), tmp_path / "was")
+    shutil.copytree(tmp_path / "was", Path(changed.data_dir) / "train")
+    monkeypatch.setattr("tinylm.train._token_file", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(changed)
+    monkeypatch.undo()
+    tokenizer, *files = prepare(changed)
+    for file in files:
+        file.check(tokenizer)
 
 
 def test_a_changed_corpus_is_encoded_again_and_not_resumed(config, tmp_path):
@@ -342,18 +377,6 @@ def test_a_changed_corpus_is_encoded_again_and_not_resumed(config, tmp_path):
     assert prepare(config)[1].sha256 != first.sha256
     with pytest.raises(InputError, match="not the one that the run began with"):
         resume(run)
-
-
-def test_a_truncated_token_file_is_made_again(config, tmp_path, capsys):
-    data = tmp_path / "data"
-    shutil.copytree(config.data_dir, data)
-    config = replace(config, data_dir=str(data))
-    _, _, file = prepare(config)
-    whole = file.path.read_bytes()
-    os.truncate(file.path, len(whole) - 1)
-    prepare(config)
-    assert "making it again" in capsys.readouterr().err
-    assert file.path.read_bytes() == whole
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(config):

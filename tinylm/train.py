@@ -241,7 +241,7 @@ def prepare(
     tokenizer, files, _ = _prepare(config)
     return tokenizer, *files
 
-# %% ../nbs/05_train.ipynb #42ed0177
+# %% ../nbs/05_train.ipynb #5eebd772
 _Files = tuple[TokenFile, TokenFile]  # for training and for validation
 
 
@@ -254,6 +254,7 @@ def _prepare(config: TrainConfig) -> tuple[Tokenizer, _Files, dict[str, Path]]:
     if tokenizer is None:
         _say(f"training a tokenizer with {config.vocab_size:,} tokens on {paths['train']}")
         tokenizer = Tokenizer(*train_bpe(paths["train"], config.vocab_size, [END_OF_TEXT]), [END_OF_TEXT])
+        _forget_others(folder, tokenizer)
         tokenizer.save(folder)
     train_file = _token_file(folder / "train.bin", tokenizer, paths["train"], sha256)
     valid_file = _token_file(folder / "valid.bin", tokenizer, paths["valid"], file_sha256(paths["valid"]))
@@ -276,17 +277,34 @@ def _load_tokenizer(folder: Path, train_sha256: str) -> Tokenizer | None:
     tokenizer = Tokenizer.load(folder)
     return tokenizer if _usable(folder / "train.bin", tokenizer, train_sha256) else None
 
-# %% ../nbs/05_train.ipynb #66a628d6
+# %% ../nbs/05_train.ipynb #b783cf2b
+def _forget_others(folder: Path, tokenizer: Tokenizer) -> None:
+    """Mark the token files of an earlier tokenizer as unfinished, so that they are made again."""
+    for path in (folder / "train.bin", folder / "valid.bin"):
+        if _is_finished(path) and TokenFile.load(path).fingerprint != tokenizer.fingerprint:
+            path.with_suffix(".json").unlink()
+
+
+def _is_finished(path: Path) -> bool:
+    """Whether a token file is there with its description, which is written last."""
+    return path.exists() and path.with_suffix(".json").exists()
+
+# %% ../nbs/05_train.ipynb #9f1b41e3
 def _usable(path: Path, tokenizer: Tokenizer, sha256: str) -> TokenFile | None:
-    """Load a token file if it is whole and was made by this tokenizer from the text with this checksum."""
-    if not path.exists():
+    """Load a token file if there is one of the text with this checksum. Raises InputError if it is damaged."""
+    if not _is_finished(path):
         return None
+    again = "delete it, and the next command makes it again"
     try:
         file = TokenFile.load(path)
     except InputError as error:
-        _say(f"{error}; making it again")
+        raise InputError(f"{error}: {again}") from error
+    if file.sha256 != sha256:
         return None
-    return file if (file.fingerprint, file.sha256) == (tokenizer.fingerprint, sha256) else None
+    if file.fingerprint != tokenizer.fingerprint:
+        found, expected = file.fingerprint[:12], tokenizer.fingerprint[:12]
+        raise InputError(f"{path}: made by tokenizer {found}, expected {expected}; {again}")
+    return file
 
 # %% ../nbs/05_train.ipynb #a2975540
 def _say(message: str) -> None:
@@ -830,7 +848,7 @@ def _column(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
-# %% ../nbs/05_train.ipynb #40968598
+# %% ../nbs/05_train.ipynb #5dfbf1e4
 def plot_run(
     source: str | Path,  # a run folder, or a record made by record_run
 ) -> Any:  # a matplotlib Figure
@@ -852,7 +870,7 @@ def plot_run(
     for axis in (axes["loss"], axes["norm"]):
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "2357" else "")
     return figure
 
 # %% ../nbs/05_train.ipynb #47ef3ee5
