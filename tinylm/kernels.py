@@ -1008,7 +1008,7 @@ def merge_pairs(
             progress(step - before)
     return merges[:step]
 
-# %% ../nbs/09_kernels.ipynb #1ae40362
+# %% ../nbs/09_kernels.ipynb #aecb03f5
 _ENCODE_BITS = 18  # 262,144 lines, 8 MB
 _ID = _u64(2**21 - 1)
 
@@ -1019,6 +1019,16 @@ def _empty_lines() -> np.ndarray:
     return room[first : first + (4 << _ENCODE_BITS)].reshape(-1, 4)
 
 @_compiled
+def _first_line(low, high):
+    "The first of the two lines of a key."
+    return _line(low, high, _ENCODE_BITS - 1) << _1
+
+@_compiled
+def _holds(lines, at, low, high):
+    "Whether a line holds a key, with any number of ids."
+    return lines[at, _u64(0)] == low and (lines[at, _1] ^ high) << _u64(4) == _u64(0)
+
+@_compiled
 def _three(ids, k):
     "Three ids as one number."
     return _u64(ids[k]) | _u64(ids[k + 1]) << _u64(21) | _u64(ids[k + 2]) << _u64(42)
@@ -1027,11 +1037,13 @@ def _three(ids, k):
 def _remember(lines, low, high, ids, k, n):
     "Keep the n ids from place k on, if there is room for so many."
     if n <= 6:
-        at = _line(low, high, _ENCODE_BITS)
+        at = _first_line(low, high)
+        if lines[at, _1] != _u64(0):
+            at += _1
         lines[at, 0], lines[at, 1] = low, high | _u64(n) << _u64(60)
         lines[at, 2], lines[at, 3] = _three(ids, k), _three(ids, k + 3)
 
-# %% ../nbs/09_kernels.ipynb #cfe126ff
+# %% ../nbs/09_kernels.ipynb #43be7832
 @_compiled
 def _write_three(word, ids, k):
     ids[k], ids[k + _1], ids[k + _u64(2)] = word & _ID, word >> _u64(21) & _ID, word >> _u64(42)
@@ -1045,12 +1057,13 @@ def _encode_known(data, starts, t, stop, lines, ids, k):
         if n > _u64(15):
             break
         low, high = _key(data, i, n)
-        at = _line(low, high, _ENCODE_BITS)
-        known = lines[at, _u64(1)]
-        if lines[at, _u64(0)] != low or (known ^ high) << _u64(4) != _u64(0):
-            break
+        at = _first_line(low, high)
+        if not _holds(lines, at, low, high):
+            at += _1
+            if not _holds(lines, at, low, high):
+                break
         _write_three(lines[at, _u64(2)], ids, k)
-        num = known >> _u64(60)
+        num = lines[at, _1] >> _u64(60)
         if num > _u64(3):
             _write_three(lines[at, _u64(3)], ids, k + _u64(3))
         k += num
@@ -1214,7 +1227,9 @@ def _encode(ranks, data, starts, num, specials, spans, lines, ids):
         t += 1
     return k
 
-# %% ../nbs/09_kernels.ipynb #66b4b394
+# %% ../nbs/09_kernels.ipynb #dc6cfc9c
+_UINT32 = np.dtype("uint32")
+
 class _Worker(_Splitter):
     "What one thread needs to encode blocks."
 
@@ -1222,16 +1237,16 @@ class _Worker(_Splitter):
         super().__init__(specials)
         self.ranks, self.lines, self.ids = ranks, _empty_lines(), np.empty(0, np.uint32)
 
-    def encode(self, block: _Block) -> np.ndarray:
+    def encode(self, block: _Block, dtype: np.dtype) -> np.ndarray:
         "The ids of a block."
         (data, n), num = self.split(block)
         if n + _PAD > len(self.ids):
             self.ids = np.empty(n + _PAD, np.uint32)
         _, _, starts, spans = self.scratch
         k = _encode(self.ranks, data, starts, num, self.specials, spans, self.lines, self.ids)
-        return self.ids[:k].copy()
+        return self.ids[:k].astype(dtype)
 
-# %% ../nbs/09_kernels.ipynb #bed41c18
+# %% ../nbs/09_kernels.ipynb #4a8f5b81
 class Encoder:
     "Turn UTF-8 into token ids."
 
@@ -1244,7 +1259,7 @@ class Encoder:
     ):
         pairs = np.asarray(merges, np.int64).reshape(-1, 2)
         made = 256 + np.arange(len(pairs)) if new_ids is None else np.asarray(new_ids)
-        if max([*byte_ids, *made, *pairs.ravel()]) >= 1 << 21:
+        if max(max(byte_ids), made.max(initial=0), pairs.max(initial=0)) >= 1 << 21:
             raise ValueError(f"token ids must be below {1 << 21:,}")
         size = 1 << (2 * len(pairs)).bit_length()
         tables = (np.empty((256, 256), np.int32), np.zeros(size, np.uint64), made.astype(np.uint32))
@@ -1253,12 +1268,12 @@ class Encoder:
         self._specials = _pack_specials(special_tokens or {})
         self._idle: deque[_Worker] = deque()
 
-    def _encode_block(self, block: _Block) -> np.ndarray:
+    def _encode_block(self, block: _Block, dtype: np.dtype = _UINT32) -> np.ndarray:
         try:
             worker = self._idle.pop()
         except IndexError:
             worker = _Worker(self._specials, self._ranks)
-        ids = worker.encode(block)
+        ids = worker.encode(block, dtype)
         self._idle.append(worker)
         return ids
 
@@ -1275,7 +1290,8 @@ class Encoder:
         num_workers: int = 1,  # threads
         block_size: int = 1 << 18,  # bytes that a thread gets at a time
         progress: Callable[[int], object] | None = None,  # called with the size of each block that is given out
-    ) -> Iterator[np.ndarray]:  # uint32 arrays; joined, they depend on the text alone
+        dtype: np.dtype = _UINT32,  # of the arrays; it must hold all ids
+    ) -> Iterator[np.ndarray]:  # arrays; joined, they depend on the text alone
         "Encode a stream, in memory that does not grow with its length."
 
         def counted() -> Iterator[_Block]:
@@ -1284,7 +1300,7 @@ class Encoder:
                     progress(block[1])
                 yield block
 
-        return _in_order(self._encode_block, counted(), num_workers)
+        return _in_order(lambda block: self._encode_block(block, dtype), counted(), num_workers)
 
 # %% ../nbs/09_kernels.ipynb #b72c77aa
 @_compiled

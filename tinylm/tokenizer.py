@@ -418,7 +418,7 @@ def _load_token_file(path: Path) -> TokenFile:
         raise InputError(f"{path}: {actual} bytes, expected {expected} ({token_file.dtype}); encode the corpus again")
     return token_file
 
-# %% ../nbs/00_tokenizer.ipynb #615f4972
+# %% ../nbs/00_tokenizer.ipynb #21dfc678
 def file_sha256(path: str | os.PathLike[str]) -> str:
     "SHA-256 of a file's bytes as they lie on the disk, in hexadecimal."
     digest = hashlib.sha256()
@@ -427,25 +427,31 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
             digest.update(block)
     return digest.hexdigest()
 
-def _write_ids(tokenizer: Tokenizer, src: Path, file, dtype: np.dtype, num_workers: int) -> int:
-    "Encode block by block, with a progress bar; return the number of ids."
-    count = 0
-    with open_text(src) as stream, _bytes_bar("encoding", src) as bar:
-        chunks = iter(lambda: stream.read(1 << 20), b"")
-        for ids in tokenizer._encoder.encode_chunks(chunks, num_workers=num_workers, progress=bar.update):
-            file.write(ids.astype(dtype).tobytes())
-            count += len(ids)
-    return count
+def _write_ids(tokenizer: Tokenizer, src: Path, file, dtype: np.dtype, num_workers: int) -> tuple[int, str]:
+    "Encode block by block, with a progress bar; return the number of ids and the SHA-256 of the text."
+    count, digest = 0, hashlib.sha256()
 
-# %% ../nbs/00_tokenizer.ipynb #0ec88545
+    def chunks() -> Iterator[bytes]:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+            yield chunk
+
+    how = {"num_workers": num_workers, "dtype": dtype}
+    with open_text(src) as stream, _bytes_bar("encoding", src) as bar:
+        for ids in tokenizer._encoder.encode_chunks(chunks(), progress=bar.update, **how):
+            file.write(ids)
+            count += len(ids)
+    return count, digest.hexdigest()
+
+# %% ../nbs/00_tokenizer.ipynb #e93698c7
 def _encode_file(tokenizer: Tokenizer, src: Path, dst: Path, num_workers: int) -> TokenFile:
     "Write NAME.bin and then NAME.json, each all at once."
     path = _bin_path(dst)
     description = path.with_suffix(".json")
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     with atomic_write(path) as file:
-        count = _write_ids(tokenizer, src, file, dtype, num_workers)
-        digest = file_sha256(src)
+        count, digest = _write_ids(tokenizer, src, file, dtype, num_workers)
+        digest = file_sha256(src) if src.suffix == ".gz" else digest
         file.flush()
         os.fsync(file.fileno())  # a full disk shows here, while the old pair is still whole
         description.unlink(missing_ok=True)
