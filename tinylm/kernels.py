@@ -744,26 +744,47 @@ def _left_of(symbol, i):
     s = symbol[i - 1]
     return -1 if s == _EDGE else i - 1 if s >= 0 else i + s
 
-# %% ../nbs/09_kernels.ipynb #3cbec413
+# %% ../nbs/09_kernels.ipynb #63c80f5e
 @_compiled
-def _number_pairs(places, pairs, notes):
-    "Number and count the pairs of bytes, and note their places; return how many notes."
+def _born(pairs, used, a, b):
+    "The number of a new pair."
+    p = used[1]
+    used[1] += 1
+    pairs.left[p], pairs.right[p], pairs.times[p], pairs.num[p] = a, b, 0, 0
+    return p
+
+@_compiled
+def _number_pairs(places, pairs):
+    "Number and count the pairs of bytes."
     symbol, pair, word, counts, _, used = places
-    times, number, m = pairs.times, np.full(65536, -1, np.int32), 0
+    number = np.full(65536, -1, np.int32)
     for i in range(1, len(symbol) - 1):
         a, b = symbol[i], symbol[i + 1]
         if a == _EDGE or b == _EDGE:
             continue
         p = number[a << 8 | b]
         if p < 0:
-            p = number[a << 8 | b] = used[1]
-            used[1] += 1
-            pairs.left[p], pairs.right[p], times[p], pairs.num[p] = a, b, 0, 0
+            p = number[a << 8 | b] = _born(pairs, used, a, b)
         pair[i] = p
-        times[p] += counts[word[i]]
-        notes[m, 0], notes[m, 1] = i, p
-        m += 1
-    return m
+        pairs.times[p] += counts[word[i]]
+        pairs.num[p] += 1
+
+@_compiled
+def _make_room(first, num, used, base):
+    "Reserve room in `where` for the places of each pair from number `base` on."
+    for p in range(base, used[1]):
+        first[p] = used[0]
+        used[0] += num[p]
+        num[p] = 0
+
+@_compiled
+def _list_places(places, pairs):
+    "List the places of all pairs."
+    _make_room(pairs.first, pairs.num, places.used, np.int64(0))
+    for i, p in enumerate(places.pair):
+        if p >= 0:
+            places.where[pairs.first[p] + pairs.num[p]] = i
+            pairs.num[p] += 1
 
 # %% ../nbs/09_kernels.ipynb #d17c67d1
 @_compiled
@@ -777,15 +798,7 @@ def _fuse(symbol, pair, times, new, skip, whole, weight, i):
     pair[i] = pair[right] = -1
     symbol[i], symbol[i + whole - 1] = new, -whole
 
-# %% ../nbs/09_kernels.ipynb #6c2ced8c
-@_compiled
-def _born(pairs, used, a, b):
-    "The number of a new pair."
-    p = used[1]
-    used[1] += 1
-    pairs.left[p], pairs.right[p], pairs.times[p], pairs.num[p] = a, b, 0, 0
-    return p
-
+# %% ../nbs/09_kernels.ipynb #8d44024e
 @_compiled
 def _join(pairs, times, used, symbol, pair, new, whole, base, by_left, by_right, weight, i, notes, m):
     "Count the pairs of the new token at place i with its neighbors, and note their places; return how many notes."
@@ -807,16 +820,13 @@ def _join(pairs, times, used, symbol, pair, new, whole, base, by_left, by_right,
         m += 1
     return m
 
-# %% ../nbs/09_kernels.ipynb #70bd9ba3
+# %% ../nbs/09_kernels.ipynb #206edd9e
 @_compiled
 def _list_notes(first, num, where, used, base, notes, m):
     "Reserve room for each pair from number `base` on, and list its places."
     for k in range(m):
         num[notes[k, 1]] += 1
-    for p in range(base, used[1]):
-        first[p] = used[0]
-        used[0] += num[p]
-        num[p] = 0
+    _make_room(first, num, used, base)
     for k in range(m):
         p = notes[k, 1]
         where[first[p] + num[p]] = notes[k, 0]
@@ -923,14 +933,12 @@ def _add_token(tokens, new, a, b):
         tokens.prefix[new] |= _u64(tokens.arena[at + k]) << _u64(56 - 8 * k)
     tokens.size[new], tokens.offsets[new + 1] = size, at + size
 
-# %% ../nbs/09_kernels.ipynb #846fcd49
+# %% ../nbs/09_kernels.ipynb #64cbf0b3
 @_compiled
 def _start(places, pairs, tokens, heap):
-    "Note the places of all pairs of bytes and put them into the heap; return its size."
-    n = len(places.symbol)
-    notes = places.where[n : 3 * n].reshape(n, 2)  # not in use yet
-    m = _number_pairs(places, pairs, notes)
-    _list_notes(pairs.first, pairs.num, places.where, places.used, np.int64(0), notes, m)
+    "Number and list all pairs of bytes and put them into the heap; return its size."
+    _number_pairs(places, pairs)
+    _list_places(places, pairs)
     for p in range(places.used[1]):
         _rise(heap.pair, heap.times, p, p, pairs.times[p], tokens, pairs)
     return places.used[1]
