@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import tinylm.data
+from tinylm.ablations import t_quantile
 from tinylm.model import ModelConfig, flops_per_token, parameter_table
 from tinylm.optim import cross_entropy
 from tinylm.rope import apply_rope, rope_angles
@@ -220,6 +221,29 @@ def _(answer):
     whole = torch.autograd.grad(loss, list(model.parameters()))
     assert abs(answer(model, x, y) - loss.item()) < 1e-5
     assert_close([p.grad for p in model.parameters()], list(whole))
+
+
+# Chapter 06, ablations
+
+def seeds_needed(deviation: float, difference: float) -> int:
+    """The fewest seeds whose 95% interval is narrower than the difference on either side.
+
+    `deviation` is the standard deviation of the paired differences."""
+    n = 2
+    while t_quantile(0.95, n - 1) * deviation / math.sqrt(n) >= difference:
+        n += 1
+    return n
+
+
+@exercise("06_ablations", 1, seeds_needed, wrong=[
+    lambda deviation, difference: max(2, math.floor((1.96 * deviation / difference) ** 2) + 1),
+    lambda deviation, difference: seeds_needed(deviation, difference) - 1,
+])
+def _(answer):
+    for deviation, difference in ((0.0053, 0.011), (0.01, 0.01), (0.05, 0.02)):
+        n = answer(deviation, difference)
+        widths = [t_quantile(0.95, k - 1) * deviation / math.sqrt(k) for k in (n, n - 1) if k > 1]
+        assert n >= 2 and widths[0] < difference and all(width >= difference for width in widths[1:])
 
 
 # Chapter 07, generation

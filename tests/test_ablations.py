@@ -1,0 +1,284 @@
+"""Sweeps that are interrupted, lose workers or crash; a real Dask cluster; and bugs that `compare` must find."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tinylm.model
+import tinylm.optim
+import tinylm.rope
+import tinylm.train
+from tinylm.ablations import (
+    Plan,
+    compare_run,
+    lr_sensitivity,
+    paired_difference,
+    run_here,
+    run_name,
+    run_on_dask,
+    t_quantile,
+)
+from tinylm.cli import main
+from tinylm.data import END_OF_TEXT, InputError, fables
+from tinylm.train import PRESETS, prepare, train
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals between processes work otherwise on Windows")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "A config whose runs take a second or two, with its data prepared."
+    folder = tmp_path_factory.mktemp("tiny")
+    text = "".join(f"{story}\n{END_OF_TEXT}\n" for story in fables(300, seed=0))
+    (folder / "tales.txt").write_text(text, encoding="utf-8")
+    config = replace(
+        PRESETS["debug"], data_dir=str(folder / "data"), corpus=str(folder / "tales.txt"), vocab_size=300,
+        context_length=32, d_model=16, d_ff=48, cosine_cycle_iters=400, checkpoint_every=20, eval_every=100,
+        eval_windows=4,
+    )  # fmt: skip
+    prepare(config)
+    return config
+
+
+def wait_for(condition, process=None, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        assert process is None or process.poll() is None, f"ended early: {process.communicate()}"
+        time.sleep(0.02)
+
+
+def curves(folder: Path) -> dict[str, list]:
+    "What the records of a folder say, without the clock."
+    read = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+    clock = ("seconds", "tokens_per_second")
+    return {name: [{k: v for k, v in row.items() if k not in clock} for row in r["curve"]] for name, r in read.items()}
+
+
+def flags(config, *names: str) -> list[str]:
+    return [part for name in names for part in (f"--{name}", str(getattr(config, name)))]
+
+
+@posix
+@pytest.mark.parametrize("stop, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_search_goes_on_exactly_where_it_was(tiny, tmp_path, stop, code):
+    fields = ["data_dir", "corpus", "vocab_size", "context_length", "d_model", "d_ff", "cosine_cycle_iters",
+              "checkpoint_every", "eval_every", "eval_windows"]
+    command = [sys.executable, "-m", "tinylm.cli", "search", "--preset", "debug", *flags(tiny, *fields),
+               "--lrs", "0.01,0.02", "--seeds", "0,1", "--jobs", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(list(tmp_path.glob("runs/*/checkpoints/step-*"))) > 1, process)
+    process.send_signal(stop)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code and "same command goes on" in said, said
+    begun = list((tmp_path / "runs").iterdir())
+    assert begun and all(list(run.glob("checkpoints/step-*")) for run in begun) and len(curves(tmp_path)) < 4
+
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert "| baseline | 0.02 | 2    | 0 " in again.stdout and "best lr" in again.stdout
+    assert not list((tmp_path / "runs").iterdir())
+    undisturbed = train(replace(tiny, lr=0.01, seed=0, run_dir=str(tmp_path / "undisturbed")))
+    lines = (undisturbed / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [json.loads(line)["train_loss"] for line in lines]
+    name = run_name(replace(tiny, lr=0.01, seed=0))
+    assert [row["train_loss"] for row in curves(tmp_path)[name]] == losses
+
+
+@posix
+def test_the_death_of_a_worker_costs_no_other_run(tiny, tmp_path, monkeypatch):
+    import multiprocessing
+    import threading
+
+    def kill_one():
+        wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/step-*")))
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    plan = Plan(tiny, ("baseline",), lrs=(0.01, 0.02, 0.03))
+    failures = run_here([run.config for run in plan.search()], tmp_path, jobs=2)
+    killer.join()
+    assert not failures and len(curves(tmp_path)) == 3
+
+
+def test_a_run_that_kills_its_worker_every_time_is_given_up_after_the_others(tiny, tmp_path):
+    poison = replace(tiny, corpus=str(tmp_path / "poison.txt"))
+    (tmp_path / "poison.txt").write_text("", encoding="utf-8")
+    code = ("import os, tinylm.ablations as a; old = a._train_or_resume\n"
+            "def die(config, run_dir):\n    run_dir.mkdir(parents=True, exist_ok=True)\n"
+            "    os._exit(9) if 'poison' in config.corpus else old(config, run_dir)\n"
+            "a._train_or_resume = die\n")
+    (tmp_path / "sitecustomize.py").write_text(code, encoding="utf-8")
+    script = ("import sys, json, tinylm.ablations as a; from tinylm.train import TrainConfig\n"
+              "if __name__ == '__main__':\n"
+              "    configs = [TrainConfig(**c) for c in json.loads(sys.argv[1])]\n"
+              "    print(*a.run_here(configs, sys.argv[2], jobs=1))\n")
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    configs = json.dumps([vars(config) for config in (poison, replace(tiny, max_steps=20))])
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(tmp_path / "script.py"), configs, str(tmp_path / "records")],
+                          capture_output=True, text=True, env=env, timeout=120)
+    assert done.stdout.split() == [run_name(poison)], done.stdout + done.stderr
+    assert list(curves(tmp_path / "records")) == [run_name(replace(tiny, max_steps=20))]
+
+
+@posix
+def test_dask_keeps_every_run_when_a_worker_is_killed(tiny, tmp_path):
+    pytest.importorskip("distributed", reason="Dask is optional: pip install distributed")
+    processes = []
+
+    def start(*words):
+        processes.append(subprocess.Popen([sys.executable, "-m", *words], stdout=subprocess.PIPE,
+                                          stderr=subprocess.STDOUT, text=True, cwd=tmp_path))
+        return processes[-1]
+
+    try:
+        start("distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", "scheduler.json")
+        wait_for((tmp_path / "scheduler.json").exists, processes[0])
+        address = json.loads((tmp_path / "scheduler.json").read_text(encoding="utf-8"))["address"]
+        workers = [start("distributed.cli.dask_worker", address, "--no-nanny", "--nthreads", "1", "--no-dashboard",
+                         "--local-directory", str(tmp_path / f"worker{i}")) for i in range(2)]
+        import threading
+
+        def kill_one():
+            wait_for(lambda: list(tmp_path.glob("records/runs/*/checkpoints/step-*")))
+            workers[0].kill()
+
+        killer = threading.Thread(target=kill_one)
+        killer.start()
+        plan = Plan(tiny, ("baseline", "nope"), lrs=(0.01, 0.02))
+        failures = run_on_dask([run.config for run in plan.search()], tmp_path / "records", address)
+        killer.join()
+        assert not failures and len(curves(tmp_path / "records")) == 4
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_no_scheduler_is_a_plain_mistake(tiny, tmp_path):
+    pytest.importorskip("distributed", reason="Dask is optional: pip install distributed")
+    for address in ("tcp://127.0.0.1:9", "nowhere"):
+        with pytest.raises(InputError, match="no Dask scheduler"):
+            run_on_dask([tiny], tmp_path, address)
+
+
+def test_t_quantile_inverts_the_integral_of_the_density():
+    for df in (1, 2, 3, 4, 9, 30):
+        t = t_quantile(0.95, df)
+        x = np.linspace(-t, t, 200_001)
+        density = (1 + x**2 / df) ** (-(df + 1) / 2)
+        wide = np.tan(np.linspace(-np.pi / 2, np.pi / 2, 400_001)[1:-1])
+        whole = np.trapezoid((1 + wide**2 / df) ** (-(df + 1) / 2), wide) if df > 1 else np.pi
+        assert np.trapezoid(density, x) / whole == pytest.approx(0.95, abs=1e-6)
+
+
+def test_t_quantile_equals_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for df in range(1, 40):
+        for confidence in (0.5, 0.9, 0.95, 0.99):
+            assert t_quantile(confidence, df) == pytest.approx(stats.t.ppf((1 + confidence) / 2, df), rel=1e-9)
+
+
+def test_one_seed_has_no_interval_and_a_divergence_no_mean():
+    assert paired_difference({0: 2.0}, {0: 1.0}).half_width == np.inf
+    lost = paired_difference({0: np.inf}, {0: 1.0})
+    assert lost.diverged == 1 and lost.values == () and np.isnan(lost.mean)
+
+
+def test_sensitivity_needs_no_even_rates():
+    even = {10.0**-k: abs(k - 3.0) for k in (1, 2, 3, 4, 5)}
+    finer = {10.0**-k: abs(k - 3.0) for k in (1, 1.5, 2, 3, 3.25, 4, 5)}
+    assert lr_sensitivity(even, 9) == pytest.approx(1) == pytest.approx(lr_sensitivity(finer, 9))
+
+
+# `compare`: bugs that a model can live with
+
+
+@pytest.fixture(scope="module")
+def debug(tmp_path_factory):
+    "The debug preset, cut at half its length, with its data prepared once."
+    config = replace(PRESETS["debug"], data_dir=str(tmp_path_factory.mktemp("fables")), max_steps=20)
+    prepare(config)
+    return config
+
+
+def no_mask(monkeypatch):
+    monkeypatch.setattr(tinylm.model, "_causal_attention", lambda q, k, v: F.scaled_dot_product_attention(q, k, v))
+
+
+def half_split_pairs(monkeypatch):
+    def forward(self, x, token_positions=None):
+        cos, sin = self._rows(x, token_positions)
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+    monkeypatch.setattr(tinylm.rope.RotaryPositionalEmbedding, "forward", forward)
+
+
+def no_bias_correction(monkeypatch):
+    right = tinylm.optim._adamw_update
+    monkeypatch.setattr(tinylm.optim, "_adamw_update", lambda p, g, m, v, steps, settings:
+                        right(p, g, m, v, [10**9] * len(steps), settings))
+
+
+def unshuffled(monkeypatch):
+    def in_order(tokens, config, step, device):
+        starts = ((step - 1) * config.batch_size + np.arange(config.batch_size)) * config.context_length
+        return tinylm.train._windows(tokens, starts, config.context_length, device)
+
+    monkeypatch.setattr(tinylm.train, "_batch_of_step", in_order)
+
+
+@pytest.mark.parametrize("bug, where", [
+    (no_mask, "at step 0"), (half_split_pairs, "at step 5"), (no_bias_correction, "at step 5"),
+    (unshuffled, "at step 5"),
+])
+def test_compare_finds_a_planted_bug(debug, tmp_path, monkeypatch, bug, where):
+    bug(monkeypatch)
+    verdict = compare_run(train(replace(debug, run_dir=str(tmp_path / "run"))))
+    assert not verdict.right and where in verdict.text, verdict.text
+
+
+def test_compare_finds_a_gross_bug_in_a_run_of_any_seed(debug, tmp_path, monkeypatch):
+    no_bias_correction(monkeypatch)
+    verdict = compare_run(train(replace(debug, seed=11, run_dir=str(tmp_path / "run"))))
+    assert not verdict.right and "above the band" in verdict.text, verdict.text
+
+
+@pytest.mark.parametrize("seed, says", [(0, "equal to the reference run of seed 0"), (11, "seed 11 has no reference")])
+def test_compare_lets_good_runs_pass(debug, tmp_path, monkeypatch, capsys, seed, says):
+    run = train(replace(debug, seed=seed, max_steps=None, run_dir=str(tmp_path / "run")))
+    assert main(["compare", str(run)]) == 0
+    assert says in capsys.readouterr().out
+
+
+def test_compare_bears_what_another_machine_would_round_otherwise(debug, tmp_path, monkeypatch):
+    right = tinylm.train.TransformerLM
+
+    def rounded(config, seed):
+        model = right(config, seed=seed)
+        for p in model.parameters():
+            p.data *= 1 + 1e-6 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+        return model
+
+    monkeypatch.setattr(tinylm.train, "TransformerLM", rounded)
+    assert compare_run(train(replace(debug, run_dir=str(tmp_path / "run")))).right
+
+
+def test_compare_refuses_what_it_cannot_compare(debug, tiny, tmp_path, capsys):
+    other = train(replace(debug, lr=0.01, max_steps=1, run_dir=str(tmp_path / "other")))
+    assert main(["compare", str(other)]) == 2 and "lr 0.01, the reference" in capsys.readouterr().err
+    own = train(replace(tiny, max_steps=1, run_dir=str(tmp_path / "own")))
+    assert main(["compare", str(own)]) == 2 and "no reference curves for tales/debug" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "nothing")]) == 2
