@@ -375,7 +375,7 @@ def test_a_changed_corpus_is_encoded_again_and_not_resumed(config, tmp_path):
     first = prepare(config)[1]
     write_fables(text, 301, 6)
     assert prepare(config)[1].sha256 != first.sha256
-    with pytest.raises(InputError, match="not the one that the run began with"):
+    with pytest.raises(InputError, match="the tokenizer .* is not the one that the run began with"):
         resume(run)
 
 

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['PRESETS', 'get_batch', 'evaluate', 'evaluate_stories', 'fables_floor', 'TrainConfig', 'prepare', 'Diverged',
            'train_step', 'save_checkpoint', 'load_checkpoint', 'Stopped', 'train', 'resume', 'load_run', 'plot_run',
-           'record_run']
+           'plot_watch', 'record_run']
 
-# %% ../nbs/05_train.ipynb #76e74063
+# %% ../nbs/05_train.ipynb #ccb0f76d
+import errno
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -20,13 +22,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -38,6 +42,11 @@ from .model import ModelConfig, TransformerLM
 from .optim import AdamW, clip_grad_norm, cosine_lr, cross_entropy
 from .tokenizer import TokenFile, Tokenizer, file_sha256, train_bpe
 
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
 # %% ../nbs/05_train.ipynb #cee05f9c
 def _windows(tokens: np.ndarray, starts: np.ndarray, context_length: int, device: Any) -> tuple[Tensor, Tensor]:
     """Gather inputs and targets of the windows that begin at `starts`."""
@@ -48,7 +57,15 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, context_length: int, device
         rows = rows.to(device)
     return rows[:, :-1], rows[:, 1:]
 
-# %% ../nbs/05_train.ipynb #4446c7ac
+# %% ../nbs/05_train.ipynb #3850dec9
+def _draw_starts(tokens: np.ndarray, batch_size: int, context_length: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw where windows begin, each place with the same probability."""
+    if len(tokens) <= context_length:
+        needed = context_length + 1
+        raise InputError(f"{len(tokens)} tokens are too few: context_length {context_length} needs {needed}")
+    return rng.integers(len(tokens) - context_length, size=batch_size)
+
+# %% ../nbs/05_train.ipynb #c7898f13
 def get_batch(
     tokens: np.ndarray,  # token ids in a row, shape (N,), any integer dtype; a memmap is best
     batch_size: int,  # B, number of windows
@@ -60,18 +77,19 @@ def get_batch(
 
     Raises InputError when the tokens are too few for a single window.
     """
-    if len(tokens) <= context_length:
-        needed = context_length + 1
-        raise InputError(f"{len(tokens)} tokens are too few: context_length {context_length} needs {needed}")
-    rng = rng or np.random.default_rng()
-    starts = rng.integers(len(tokens) - context_length, size=batch_size)
+    starts = _draw_starts(tokens, batch_size, context_length, rng or np.random.default_rng())
     return _windows(tokens, starts, context_length, device)
 
-# %% ../nbs/05_train.ipynb #bb285972
-def _batch_of_step(tokens: np.ndarray, config: "TrainConfig", step: int, device: Any) -> tuple[Tensor, Tensor]:
+# %% ../nbs/05_train.ipynb #a3541cc4
+def _starts_of_step(tokens: np.ndarray, config: "TrainConfig", step: int) -> np.ndarray:
     """Draw the batch of one step, which depends on the seed and the step and on nothing else."""
     rng = np.random.default_rng([config.seed, step])
-    return get_batch(tokens, config.batch_size, config.context_length, device, rng)
+    return _draw_starts(tokens, config.batch_size, config.context_length, rng)
+
+
+def _batch_of_step(tokens: np.ndarray, config: "TrainConfig", step: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Gather the windows of one step."""
+    return _windows(tokens, _starts_of_step(tokens, config, step), config.context_length, device)
 
 # %% ../nbs/05_train.ipynb #34a942d6
 def _validation_starts(num_tokens: int, context_length: int, num_windows: int) -> np.ndarray:
@@ -79,7 +97,7 @@ def _validation_starts(num_tokens: int, context_length: int, num_windows: int) -
     num_windows = min(num_windows, (num_tokens - 1) // context_length)
     return np.linspace(0, num_tokens - 1 - context_length, num_windows).astype(np.int64)
 
-# %% ../nbs/05_train.ipynb #19a7db9f
+# %% ../nbs/05_train.ipynb #e1b7639c
 @torch.no_grad()
 def evaluate(
     model: nn.Module,  # maps ids (B, T) to logits (B, T, V)
@@ -89,11 +107,11 @@ def evaluate(
     """Measure the loss on a fixed set of windows, the same for every run on the same data."""
     device = next(model.parameters()).device
     starts = _validation_starts(len(tokens), config.context_length, config.eval_windows)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = 0.0
     for i in range(0, len(starts), 16):
         x, y = _windows(tokens, starts[i : i + 16], config.context_length, device)
-        total += cross_entropy(model(x), y).double() * len(x)
-    return total.item() / len(starts)
+        total += cross_entropy(model(x), y).item() * len(x)
+    return total / len(starts)
 
 # %% ../nbs/05_train.ipynb #d8a3e684
 def _stories(tokens: np.ndarray, end_id: int, max_length: int) -> tuple[list[np.ndarray], int]:
@@ -151,7 +169,7 @@ def _end_id(tokenizer: Tokenizer) -> int:
         raise InputError(f"the tokenizer has no special token {END_OF_TEXT}; train it again with it")
     return tokenizer.special_tokens[END_OF_TEXT]
 
-# %% ../nbs/05_train.ipynb #a91540cc
+# %% ../nbs/05_train.ipynb #06c9fc89
 @dataclass(frozen=True)
 class TrainConfig(ModelConfig):
     """Describe a training run completely; the defaults are the reference preset."""
@@ -173,11 +191,18 @@ class TrainConfig(ModelConfig):
     warmup_iters: int = 2_000  # steps of linear warm-up
     cosine_cycle_iters: int = 20_000  # step at which the cosine reaches min_lr
     max_l2_norm: float = 1.0  # longest gradient that is not clipped
+    grad_accum_steps: int = 1  # pieces that a batch goes through the model in, one after the other, to save memory
+    dtype: Literal["float32", "bfloat16"] = "float32"  # numbers in the matrix products; weights stay float32
+    compile: bool = False  # let torch.compile write faster code for the model first
     max_steps: int | None = None  # steps to take; None means cosine_cycle_iters
+    max_minutes: float | None = None  # stop after so many minutes with a checkpoint; --resume goes on
+    allow_changes: bool = False  # with --resume: let other flags change the training from here on, and record it
     log_every: int = 50  # steps between lines of the log
     eval_every: int = 500  # steps between evaluations
     eval_windows: int = 256  # windows of the validation set that are evaluated
     checkpoint_every: int = 1_000  # steps between checkpoints
+    watch: bool = False  # log activations, gradients and updates of every layer too
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"  # program that shall show the log as well
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, with an InputError."""
@@ -194,16 +219,22 @@ class TrainConfig(ModelConfig):
         min_lr = self.lr / 10 if self.min_lr is None else self.min_lr
         return cosine_lr(step, self.lr, min_lr, self.warmup_iters, self.cosine_cycle_iters)
 
-# %% ../nbs/05_train.ipynb #7a2e5bd9
+# %% ../nbs/05_train.ipynb #78be5952
+_AT_LEAST_ONE = ["batch_size", "grad_accum_steps", "cosine_cycle_iters", "max_steps", "log_every", "eval_every",
+                 "eval_windows", "checkpoint_every"]  # fmt: skip
+
+
 def _check_training(config: TrainConfig) -> None:
     """Raise InputError for the first value that cannot work."""
-    at_least_one = ["batch_size", "cosine_cycle_iters", "log_every", "eval_every", "eval_windows", "checkpoint_every"]
-    for name in at_least_one + ["max_steps"] * (config.max_steps is not None):
-        if getattr(config, name) < 1:
+    for name in _AT_LEAST_ONE:
+        if getattr(config, name) is not None and getattr(config, name) < 1:
             raise InputError(f"{name} must be at least 1, not {getattr(config, name)}")
-    for name in ["lr", "max_l2_norm"]:
-        if not getattr(config, name) > 0:
+    for name in ["lr", "max_l2_norm", "max_minutes"]:
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise InputError(f"{name} must be greater than 0, not {getattr(config, name)}")
+    if config.batch_size % config.grad_accum_steps:
+        pieces = config.grad_accum_steps
+        raise InputError(f"batch_size {config.batch_size} must be a multiple of grad_accum_steps {pieces}")
     for name in ["beta1", "beta2"]:
         if not 0 <= getattr(config, name) < 1:
             raise InputError(f"{name} must be at least 0 and less than 1, not {getattr(config, name)}")
@@ -311,7 +342,7 @@ def _say(message: str) -> None:
     """Write a line to standard error, past a progress bar."""
     tqdm.write(message, file=sys.stderr)
 
-# %% ../nbs/05_train.ipynb #ff885592
+# %% ../nbs/05_train.ipynb #3d535553
 def _check_data(config: TrainConfig, tokenizer: Tokenizer, train_file: TokenFile, valid_file: TokenFile) -> None:
     """Raise InputError unless config, tokenizer and token files belong together and are long enough."""
     if tokenizer.vocab_size > config.vocab_size:
@@ -321,9 +352,22 @@ def _check_data(config: TrainConfig, tokenizer: Tokenizer, train_file: TokenFile
         (train_file, config.batch_size * config.context_length + 1, "one batch"),
         (valid_file, window, "one window"),
     ):
-        file.check(tokenizer)
         if file.count < needed:
             raise InputError(f"{file.path}: {file.count:,} tokens are too few; {why} needs {needed:,}: use more text")
+        file.check(tokenizer)
+
+# %% ../nbs/05_train.ipynb #f644e355
+def _add_gradients(model: nn.Module, batch: tuple[Tensor, Tensor], config: TrainConfig) -> Tensor:
+    """Add the gradient of a batch's mean loss to `.grad`, piece by piece; return that loss."""
+    pieces = config.grad_accum_steps
+    total = torch.zeros((), device=batch[0].device)
+    for x, y in zip(batch[0].chunk(pieces), batch[1].chunk(pieces), strict=True):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            logits = model(x)
+        loss = cross_entropy(logits.float(), y) / pieces
+        loss.backward()
+        total += loss.detach()
+    return total
 
 # %% ../nbs/05_train.ipynb #051250bd
 class Diverged(RuntimeError):
@@ -339,7 +383,7 @@ class Diverged(RuntimeError):
         super().__init__(f"training diverged at step {step}: {found}; lower the learning rate")
         self.step, self.loss, self.grad_norm = step, loss, grad_norm
 
-# %% ../nbs/05_train.ipynb #f522235c
+# %% ../nbs/05_train.ipynb #a4f54596
 def train_step(
     model: nn.Module,  # changed in place
     optimizer: torch.optim.Optimizer,  # of the model's parameters
@@ -350,17 +394,16 @@ def train_step(
     """Take one step. Raises Diverged, before the update, if loss or gradient are not finite."""
     for group in optimizer.param_groups:
         group["lr"] = config.lr_at(step)
-    loss = cross_entropy(model(batch[0]), batch[1])
     optimizer.zero_grad()
-    loss.backward()
+    loss = _add_gradients(model, batch, config)
     grad_norm = clip_grad_norm(model.parameters(), config.max_l2_norm)
-    loss_value, norm_value = torch.stack([loss.detach(), grad_norm]).tolist()
+    loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         raise Diverged(step, loss_value, norm_value)
     optimizer.step()
     return loss_value, norm_value
 
-# %% ../nbs/05_train.ipynb #b0e260e0
+# %% ../nbs/05_train.ipynb #32dc456e
 def _write_folder(out: Path, files: dict[str, bytes]) -> None:
     """Write a folder of files all at once: after a crash it is either whole or not there."""
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
@@ -372,16 +415,23 @@ def _write_folder(out: Path, files: dict[str, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         _sync_folder(temporary)
-        if out.exists():  # an older or damaged one of the same name
-            shutil.rmtree(out)
+        if out.exists():
+            shutil.rmtree(_aside(out), ignore_errors=True)
+            os.replace(out, _aside(out))
         os.replace(temporary, out)
         _sync_folder(out.parent)
+        shutil.rmtree(_aside(out), ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
             message = f"{out}: cannot write ({error.strerror}); free some space or choose another folder"
             raise InputError(message) from error
         raise
+
+# %% ../nbs/05_train.ipynb #4db529db
+def _aside(out: Path) -> Path:
+    """Name the place where an older checkpoint waits until the one that replaces it is there."""
+    return out.with_name(f".{out.name}.old.tmp")
 
 # %% ../nbs/05_train.ipynb #2e5676ec
 def _sync_folder(folder: Path) -> None:
@@ -444,9 +494,11 @@ def _checksums(files: dict[str, bytes], state: dict[str, Any]) -> dict[str, str]
     contents["state.json"] = json.dumps(state, sort_keys=True).encode()
     return {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
 
-# %% ../nbs/05_train.ipynb #c81463e9
+# %% ../nbs/05_train.ipynb #f84c04b6
 def _read_checkpoint(src: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Read a checkpoint's files and check them. Raises InputError naming the file that is missing or damaged."""
+    if not src.exists() and _aside(src).exists():  # killed between the two renames
+        src = _aside(src)
     try:
         files = {name: (src / name).read_bytes() for name in _CHECKPOINT_FILES}
         state = json.loads(files["state.json"])
@@ -460,7 +512,15 @@ def _read_checkpoint(src: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
             raise InputError(f"{src / name}: damaged, its SHA-256 {found[:12]}... is not the one in state.json")
     return files, state
 
-# %% ../nbs/05_train.ipynb #1b92f05a
+# %% ../nbs/05_train.ipynb #0cfc6a54
+def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    """Unpack a safetensors file. Raises InputError if it is something else, however well its checksum fits."""
+    try:
+        return load_tensors(data)
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a safetensors file ({error})") from error
+
+# %% ../nbs/05_train.ipynb #e920eb98
 def load_checkpoint(
     src: str | Path,  # a checkpoint folder
     model: nn.Module,  # gets the saved parameters
@@ -470,8 +530,9 @@ def load_checkpoint(
 
     Raises InputError when a file is missing or damaged, or when the model has another shape.
     """
-    files, state = _read_checkpoint(Path(src))
-    weights = load_tensors(files["model.safetensors"])
+    src = Path(src)
+    files, state = _read_checkpoint(src)
+    weights, moments = (_tensors(src / name, files[name]) for name in _CHECKPOINT_FILES[:2])
     ours = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     theirs = {name: tuple(p.shape) for name, p in weights.items()}
     if ours != theirs:
@@ -479,7 +540,7 @@ def load_checkpoint(
         raise InputError(f"{src}: does not fit: {name} is {theirs.get(name)} there and {ours.get(name)} in the model")
     model.load_state_dict(weights)
     if optimizer is not None:
-        _unpack_optimizer(model, optimizer, load_tensors(files["optimizer.safetensors"]), state["optimizer"])
+        _unpack_optimizer(model, optimizer, moments, state["optimizer"])
     return state["iteration"]
 
 # %% ../nbs/05_train.ipynb #e453b8b4
@@ -509,15 +570,20 @@ def _load_newest(
         raise InputError(f"{run_dir}: none of its {len(folders)} checkpoints can be used; start a new run")
     return None
 
-# %% ../nbs/05_train.ipynb #db50f971
+# %% ../nbs/05_train.ipynb #fc11a061
+_Row = dict[str, Any]  # a line of the log
+_Track = Callable[[_Row], None]  # shows it elsewhere too
+
+
 class _Log:
     """The log of a run: what the steps since the last line gave, and the files it goes to."""
 
     names = ("metrics.jsonl", "samples.txt")
 
-    def __init__(self, run_dir: Path, state: dict[str, Any] | None):
+    def __init__(self, run_dir: Path, state: dict[str, Any] | None, track: _Track = lambda row: None):
         saved: dict[str, Any] = state["extra"] if state else {"pending": [], "seconds": 0.0, "sizes": {}}
-        self.run_dir, self.pending = run_dir, saved["pending"]
+        self.run_dir, self.pending, self.track = run_dir, saved["pending"], track
+        self.layers: _Row = {}
         self.started = time.perf_counter() - saved["seconds"]
         for name in self.names:
             with open(run_dir / name, "ab") as file:
@@ -532,7 +598,7 @@ class _Log:
                 sizes[name] = file.tell()
         return {"pending": self.pending, "seconds": time.perf_counter() - self.started, "sizes": sizes}
 
-    def line(self, config: TrainConfig, step: int, **more: float | bool | None) -> None:
+    def line(self, config: TrainConfig, step: int, **more: Any) -> None:
         """Write a line for the steps since the last one."""
         losses, norms, seconds = zip(*self.pending, strict=True) if self.pending else ((), (), ())
         tokens = config.batch_size * config.context_length
@@ -541,14 +607,398 @@ class _Log:
             "train_loss": sum(losses) / len(losses) if losses else None, "val_loss": None,
             "lr": config.lr_at(step) if step else None, "grad_norm": max(norms) if norms else None,
             "tokens_per_second": round(len(losses) * tokens / sum(seconds), 1) if losses else None,
+            **self.layers, **more,
         }  # fmt: skip
-        self.append("metrics.jsonl", json.dumps({**row, **more}) + "\n")
-        self.pending = []
+        self.append("metrics.jsonl", json.dumps(row) + "\n")
+        self.track(row)
+        self.pending, self.layers = [], {}
 
     def append(self, name: str, text: str) -> None:
         """Add text to one of the files."""
         with open(self.run_dir / name, "a", encoding="utf-8") as file:
             file.write(text)
+
+# %% ../nbs/05_train.ipynb #3fd712d2
+_OnEval = Callable[[TransformerLM, Tokenizer, int], str | None]
+
+
+@dataclass
+class _Run:
+    """A run in progress: what it is made of, and how far it is."""
+
+    folder: Path
+    config: TrainConfig
+    tokenizer: Tokenizer
+    train_tokens: np.ndarray
+    valid_tokens: np.ndarray
+    floor: float | None
+    on_eval: _OnEval | None
+    device: str
+    model: TransformerLM
+    forward: Any  # the model itself, or what torch.compile made of it
+    optimizer: AdamW
+    log: _Log
+    step: int
+
+# %% ../nbs/05_train.ipynb #d194f90e
+def _loop(run: _Run) -> None:
+    """Train to the last step, or until a signal or the clock stops the run."""
+    config, log = run.config, run.log
+    if run.step == 0:
+        log.line(config, 0, val_loss=evaluate(run.model, run.valid_tokens, config))
+    with _Stop(config.max_minutes) as stop, _progress(config, run.step) as bar:
+        stopping = False
+        while run.step < config.last_step and not stopping:
+            run.step += 1
+            _take_step(run)
+            _show(bar, config, log)
+            last = run.step == config.last_step
+            if run.step % config.eval_every == 0 or last:
+                _evaluate_and_log(run)
+            elif run.step % config.log_every == 0:
+                log.line(config, run.step)
+            stopping = stop.is_due()
+            if run.step % config.checkpoint_every == 0 or last or stopping:
+                _save(run)
+    if run.step < config.last_step:
+        stop.say(run)
+
+# %% ../nbs/05_train.ipynb #bedebb0d
+def _take_step(run: _Run) -> None:
+    """Take one step and note its loss, gradient norm and time, and at times what its layers did."""
+    began, config = time.perf_counter(), run.config
+    batch = _batch_of_step(run.train_tokens, config, run.step, run.device)
+    watching = config.watch and run.step % config.log_every == 0
+    with _Watch(run.model) if watching else nullcontext() as watch:
+        loss, norm = train_step(run.model if watch else run.forward, run.optimizer, batch, config, run.step)
+        if watch:
+            run.log.layers = watch.report(clipped_to=config.max_l2_norm / (norm + 1e-6))
+    run.log.pending.append([loss, norm, time.perf_counter() - began])
+
+# %% ../nbs/05_train.ipynb #25bbe660
+def _evaluate_and_log(run: _Run) -> None:
+    """Measure the validation loss, at the end whole stories too, and let the callback tell a story."""
+    val_loss = evaluate(run.model, run.valid_tokens, run.config)
+    if not math.isfinite(val_loss):
+        raise Diverged(run.step, val_loss, math.nan)
+    more = {"val_loss": val_loss}
+    if run.floor is not None and run.step == run.config.last_step:
+        loss, _, _ = evaluate_stories(run.model, run.valid_tokens, _end_id(run.tokenizer))
+        more |= {"story_loss": loss, "floor": run.floor}
+    run.log.line(run.config, run.step, **more)
+    text = run.on_eval(run.model, run.tokenizer, run.step) if run.on_eval else None
+    if text is not None:
+        run.log.append("samples.txt", f"=== step {run.step} ===\n{text}\n\n")
+        tqdm.write(f"--- after step {run.step}:\n{text}\n")
+
+# %% ../nbs/05_train.ipynb #2360e754
+def _save(run: _Run) -> None:
+    """Write the checkpoint of the current step, then remove the oldest beyond those kept."""
+    norm = _length([p.detach() for p in run.model.parameters()])
+    if not math.isfinite(norm):
+        raise Diverged(run.step, run.log.pending[-1][0] if run.log.pending else math.nan, norm)
+    folder = run.folder / "checkpoints" / f"step-{run.step:08d}"
+    save_checkpoint(run.model, run.optimizer, run.step, folder, run.log.state())
+    for old in _checkpoints(run.folder)[_CHECKPOINTS_KEPT:]:
+        shutil.rmtree(old)
+
+
+def _length(tensors: list[Tensor]) -> float:
+    """Compute the L2 norm of several tensors together."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).item()
+
+# %% ../nbs/05_train.ipynb #e8606d64
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to stop; it has finished its step and saved a checkpoint."""
+
+    def __init__(
+        self,
+        signum: int,  # number of the signal
+        run_dir: Path,  # the run that can be resumed
+    ):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; go on with --resume {run_dir}")
+        self.exit_code = 128 + signum
+
+# %% ../nbs/05_train.ipynb #55db2e15
+class _Stop:
+    """Note the first SIGINT or SIGTERM, and when the time is over; a second signal quits at once."""
+
+    def __init__(self, max_minutes: float | None):
+        self.max_minutes = max_minutes
+        self.signum: int | None = None
+        self.deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+
+    def is_due(self) -> bool:
+        """Whether the run shall stop after this step."""
+        return self.signum is not None or time.monotonic() >= self.deadline
+
+    def say(self, run: _Run) -> None:
+        """Tell of a run that was stopped before its last step; raise Stopped if it was by a signal."""
+        if self.signum is not None:
+            raise Stopped(self.signum, run.folder)
+        _say(f"{self.max_minutes} minutes are over at step {run.step}; go on with --resume {run.folder}")
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+        self.__exit__()
+        _say("finishing this step and saving; once more to quit at once")
+
+    def __enter__(self) -> "_Stop":
+        main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+        self.old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM) if main}
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for signum, handler in self.old.items():
+            signal.signal(signum, handler)
+
+# %% ../nbs/05_train.ipynb #b6d6ad93
+def _run_to_end(run: _Run) -> None:
+    """Train; if it diverges, log the step, its batch and its layers first."""
+    try:
+        _loop(run)
+    except Diverged as error:
+        starts = _starts_of_step(run.train_tokens, run.config, run.step).tolist()
+        found = {"loss": _number(error.loss), "grad_norm": _number(error.grad_norm), "windows": starts}
+        layers = _watch_again(run) if run.config.watch else {}
+        run.log.line(run.config, run.step, **layers, diverged=True, divergence=found)
+        raise
+    _report(run.folder)
+
+# %% ../nbs/05_train.ipynb #d8448da1
+class _Watch:
+    """Measure, during one step, the activations, the gradient and the update of each part of a model."""
+
+    def __init__(self, model: TransformerLM):
+        layers = {f"layers.{i}": layer for i, layer in enumerate(model.layers)}
+        parts = {"token_embeddings": model.token_embeddings, **layers, "ln_final": model.ln_final}
+        self.parts: dict[str, nn.Module] = {**parts, "lm_head": model.lm_head}
+        self.activations: dict[str, float] = {}
+
+    def __enter__(self) -> "_Watch":
+        self.before = {name: [p.detach().clone() for p in part.parameters()] for name, part in self.parts.items()}
+        self.hooks = [part.register_forward_hook(self._hook(name)) for name, part in self.parts.items()]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            self.activations[name] = output.detach().float().square().mean().sqrt().item()
+
+        return note
+
+    def report(self, clipped_to: float = 1.0) -> _Row:
+        """Return what was found; gradients are those before clipping, which multiplied them by `clipped_to`."""
+        rows: _Row = {"activations": self.activations, "gradients": {}, "updates": {}}
+        for name, part in self.parts.items():
+            after = [p.detach() for p in part.parameters()]
+            if after:  # without norms, ln_final has no parameters
+                gradients = [p.grad for p in part.parameters() if p.grad is not None]
+                rows["gradients"][name] = _length(gradients) / min(1.0, clipped_to)
+                moves = [a - b for a, b in zip(after, self.before[name], strict=True)]
+                rows["updates"][name] = _length(moves) / _length(after)
+        return {kind: {name: _number(x) for name, x in row.items()} for kind, row in rows.items()}
+
+# %% ../nbs/05_train.ipynb #898aec57
+def _watch_again(run: _Run) -> _Row:
+    """Take the current batch through the model once more without an update, and measure its layers."""
+    run.optimizer.zero_grad()
+    with _Watch(run.model) as watch:
+        _add_gradients(run.model, _batch_of_step(run.train_tokens, run.config, run.step, run.device), run.config)
+        return watch.report()
+
+
+def _number(x: float) -> float | str:
+    """Round to four digits; JSON has no infinity, so that becomes a word."""
+    return float(f"{x:.4g}") if math.isfinite(x) else str(x)
+
+# %% ../nbs/05_train.ipynb #56151e1f
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder. Raises InputError, telling who holds it, if another process does."""
+    try:
+        descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise InputError(f"{run_dir}: cannot write ({error.strerror}); choose another folder") from error
+    try:
+        if not _try_lock(descriptor):
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            holder = os.read(descriptor, 200).decode() or "another process"
+            raise InputError(f"{run_dir}: in use by {holder}; stop it first, or wait")
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()} since {since}".encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+# %% ../nbs/05_train.ipynb #745edbf7
+def _try_lock(descriptor: int) -> bool:
+    """Take the lock of an open file; False if another process has it."""
+    try:
+        if sys.platform == "win32":
+            os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # a byte behind the text, which stays readable
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # else: no locks on this file system
+    return True
+
+# %% ../nbs/05_train.ipynb #5f4858b8
+_MOMENTARY = {"max_steps", "max_minutes"}  # holds for one command, not for the run
+_FREE = _MOMENTARY | {"device", "data_dir", "corpus", "val_corpus", "checkpoint_every", "watch", "tracker"}
+_FIXED = {f.name for f in fields(ModelConfig)} | {"preset", "seed", "run_dir"}
+
+
+def _difference(config: TrainConfig, changes: dict[str, Any], allow_changes: bool) -> dict[str, Any]:
+    """Keep the changes that are some. Raises InputError, naming them all, if they may not be made."""
+    changes = {name: new for name, new in changes.items() if new != getattr(config, name)}
+    fixed, bold = set(changes) & _FIXED, set(changes) - _FREE
+    if fixed or (bold and not allow_changes):
+        diff = ", ".join(f"{name} {getattr(config, name)} -> {changes[name]}" for name in sorted(fixed or bold))
+        advice = "start a new run for this" if fixed else "say --allow_changes if you mean it"
+        raise InputError(f"{config.run_dir}: the run cannot go on with {diff}; {advice}")
+    return changes
+
+# %% ../nbs/05_train.ipynb #d7568e4b
+def train(
+    config: TrainConfig,  # the whole description of the run
+    on_eval: _OnEval | None = None,  # called as (model, tokenizer, step) after evaluations; returns text to keep
+) -> Path:  # the run directory
+    """Train a model from scratch, preparing its data if need be.
+
+    Raises InputError for a mistake that the user can mend, Diverged if the loss stops being finite, and
+    Stopped when a signal asked for it.
+    """
+    stamp = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{corpus_name(config.corpus)}-{config.preset}"
+    run_dir = Path(config.run_dir or f"runs/{stamp}")
+    _refuse_existing(run_dir)
+    device = _check_machine(config)
+    tokenizer, files, paths = _prepare(config)
+    _check_data(config, tokenizer, *files)
+    data = _describe_data(config, tokenizer, files, paths["train"])
+    about = {"data": data, "commit": _commit(), "environment": _environment(device)}
+    _refuse_existing(run_dir)  # preparing took a while
+    run_dir.mkdir(parents=True)
+    with _locked(run_dir):
+        tokenizer.save(run_dir / "tokenizer")
+        _write_config(run_dir, {**asdict(replace(config, run_dir=str(run_dir))), **about})
+        _run_to_end(_open_run(run_dir, config, tokenizer, files, data["floor"], on_eval))
+    return run_dir
+
+# %% ../nbs/05_train.ipynb #d53e1476
+def resume(
+    run_dir: str | Path,  # the folder of a run that was stopped, killed or finished
+    on_eval: _OnEval | None = None,  # as in train
+    max_steps: int | None = None,  # go on to this step; None means what the run was made for
+    changes: dict[str, Any] | None = None,  # fields of the config to change from here on, and their new values
+    allow_changes: bool = False,  # also such as change the training; they are recorded in config.json
+) -> Path:  # the run directory
+    """Go on with a run from its newest valid checkpoint, exactly as if it had never stopped.
+
+    Raises InputError when the folder is no run, is in use, or has other data than it began with, and for changes
+    that may not be made.
+    """
+    run_dir = Path(run_dir)
+    _read_config(run_dir)
+    with _locked(run_dir):
+        config, saved = _read_config(run_dir)
+        changes = {**(changes or {}), **({} if max_steps is None else {"max_steps": max_steps})}
+        changes = _difference(config, changes, allow_changes)
+        changed = replace(config, **changes)
+        _check_machine(changed)
+        tokenizer, files, _ = _prepare(changed)
+        _check_data(changed, tokenizer, *files)
+        _check_same_data(run_dir, saved, tokenizer, files)
+        for leftover in (run_dir / "checkpoints").glob(".*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        run = _open_run(run_dir, changed, tokenizer, files, saved["data"]["floor"], on_eval)
+        _record_changes(run, config, saved, changes)
+        _run_to_end(run)
+    return run_dir
+
+# %% ../nbs/05_train.ipynb #9049bd12
+def load_run(
+    run_dir: str | Path,  # the folder of a run
+    device: str = "cpu",  # where the model shall live; "auto" for the best there is
+) -> tuple[TransformerLM, Tokenizer, TrainConfig]:  # the model of the newest valid checkpoint, tokenizer, config
+    """Load what a run has made so far. Raises InputError when there is nothing to load."""
+    run_dir = Path(run_dir)
+    config, saved = _read_config(run_dir)
+    model = TransformerLM(config, seed=config.seed)
+    if _load_newest(run_dir, model) is None:
+        raise InputError(f"{run_dir}: the run has no checkpoint yet")
+    return model.to(_pick_device(device)), _load_own_tokenizer(run_dir, saved), config
+
+# %% ../nbs/05_train.ipynb #a7db63b9
+def _open_run(
+    folder: Path, config: TrainConfig, tokenizer: Tokenizer, files: _Files, floor: float | None, on_eval: _OnEval | None
+) -> _Run:
+    """Build model and optimizer, and bring them to the newest checkpoint if there is one."""
+    device = _pick_device(config.device)
+    model = TransformerLM(config, seed=config.seed).to(device)
+    optimizer = AdamW(model.parameters())
+    state = _load_newest(folder, model, optimizer)
+    for group in optimizer.param_groups:  # what the config says now, not what the checkpoint says
+        group |= {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
+    step = state["iteration"] if state else 0
+    log = _Log(folder, state, _tracker(config, folder, step))
+    forward = torch.compile(model) if config.compile else model
+    train_tokens, valid_tokens = (file.tokens() for file in files)
+    return _Run(
+        folder, config, tokenizer, train_tokens, valid_tokens, floor, on_eval, device, model, forward, optimizer, log,
+        step,
+    )  # fmt: skip
+
+# %% ../nbs/05_train.ipynb #e8805289
+def _refuse_existing(run_dir: Path) -> None:
+    """Raise InputError if the folder is there, telling who holds it if somebody does."""
+    if (run_dir / ".lock").exists():
+        with _locked(run_dir):
+            pass
+    if run_dir.exists():
+        raise InputError(f"{run_dir}: exists already; choose another --run_dir, or go on with --resume {run_dir}")
+
+# %% ../nbs/05_train.ipynb #3dfd7b81
+def _check_same_data(run_dir: Path, saved: dict[str, Any], tokenizer: Tokenizer, files: _Files) -> None:
+    """Raise InputError unless tokenizer and texts are those that the run began with."""
+    _load_own_tokenizer(run_dir, saved)
+    found = {"fingerprint": tokenizer.fingerprint, "sha256": files[0].sha256, "valid_sha256": files[1].sha256}
+    names = {"fingerprint": "tokenizer", "sha256": "training text", "valid_sha256": "validation text"}
+    for key, name in names.items():
+        ours, theirs = found[key], str(saved["data"].get(key))
+        if ours != theirs:
+            what = f"the {name} {ours[:12]} is not the one that the run began with, {theirs[:12]}"
+            raise InputError(f"{run_dir}: {what}; bring that back, or start a new run")
+
+# %% ../nbs/05_train.ipynb #c79bbb35
+def _load_own_tokenizer(run_dir: Path, saved: dict[str, Any]) -> Tokenizer:
+    """Load the tokenizer in the run folder. Raises InputError if it is not the one of the run."""
+    tokenizer = Tokenizer.load(run_dir / "tokenizer")
+    found, expected = tokenizer.fingerprint, saved["data"]["fingerprint"]
+    if found != expected:
+        what = f"tokenizer {found[:12]} is not the one of this run, {expected[:12]}"
+        raise InputError(f"{run_dir / 'tokenizer'}: {what}; bring that back")
+    return tokenizer
+
+# %% ../nbs/05_train.ipynb #0cb3e7f5
+def _record_changes(run: _Run, before: TrainConfig, saved: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Note in config.json which fields have another value from the current step on."""
+    lasting = {name: new for name, new in changes.items() if name not in _MOMENTARY}
+    if lasting:
+        event = {"step": run.step, "changes": {name: [getattr(before, name), new] for name, new in lasting.items()}}
+        _write_config(run.folder, {**saved, **lasting, "history": [*saved.get("history", []), event]})
+
+
+def _write_config(run_dir: Path, content: dict[str, Any]) -> None:
+    """Write config.json."""
+    with atomic_write(run_dir / "config.json", "w") as file:
+        json.dump(content, file, indent=1)
 
 # %% ../nbs/05_train.ipynb #af6c461f
 def _environment(device: str) -> dict[str, Any]:
@@ -588,12 +1038,13 @@ def _describe_data(config: TrainConfig, tokenizer: Tokenizer, files: _Files, tex
         "fingerprint": tokenizer.fingerprint, "floor": floor,
     }  # fmt: skip
 
-# %% ../nbs/05_train.ipynb #8ce78acd
+# %% ../nbs/05_train.ipynb #6929a9c6
 def _read_config(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """Read the config of a run, and all of config.json."""
     try:
         saved = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-        return TrainConfig(**{f.name: saved[f.name] for f in fields(TrainConfig)}), saved
+        known = {f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved}  # new fields have defaults
+        return TrainConfig(**known), {**saved, "data": dict(saved["data"])}
     except OSError as error:
         raise InputError(f"{run_dir}: not a run folder, it has no readable config.json") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -611,129 +1062,32 @@ def _pick_device(name: str) -> str:
         raise InputError(f"device {name!r} cannot be used here; try {best} or auto") from error
     return name
 
-# %% ../nbs/05_train.ipynb #e8606d64
-class Stopped(KeyboardInterrupt):
-    """A signal asked the run to stop; it has finished its step and saved a checkpoint."""
-
-    def __init__(
-        self,
-        signum: int,  # number of the signal
-        run_dir: Path,  # the run that can be resumed
-    ):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; go on with --resume {run_dir}")
-        self.exit_code = 128 + signum
-
-# %% ../nbs/05_train.ipynb #04713bd8
-class _StopSignals:
-    """Note the first SIGINT or SIGTERM in `signum`; a second one interrupts at once."""
-
-    signum: int | None = None
-
-    def _note(self, signum: int, frame: Any) -> None:
-        if self.signum is not None:
-            raise KeyboardInterrupt
-        self.signum = signum
-        _say("finishing this step and saving; once more to quit at once")
-
-    def __enter__(self) -> "_StopSignals":
-        main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-        self.old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM) if main}
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        for signum, handler in self.old.items():
-            signal.signal(signum, handler)
-
-# %% ../nbs/05_train.ipynb #bee73e25
-_OnEval = Callable[[TransformerLM, Tokenizer, int], str | None]
-
-
-@dataclass
-class _Run:
-    """A run in progress: what it is made of, and how far it is."""
-
-    folder: Path
-    config: TrainConfig
-    tokenizer: Tokenizer
-    train_tokens: np.ndarray
-    valid_tokens: np.ndarray
-    floor: float | None
-    on_eval: _OnEval | None
-    device: str
-    model: TransformerLM
-    optimizer: AdamW
-    log: _Log
-    step: int
-
-# %% ../nbs/05_train.ipynb #e44b5308
-def _open_run(
-    folder: Path, config: TrainConfig, tokenizer: Tokenizer, files: _Files, floor: float | None, on_eval: _OnEval | None
-) -> _Run:
-    """Build model and optimizer, and bring them to the newest checkpoint if there is one."""
+# %% ../nbs/05_train.ipynb #0c205f9c
+def _check_machine(config: TrainConfig) -> str:
+    """Choose the device; raise InputError if it, the compiler or the tracker is missing, warn of a slow dtype."""
     device = _pick_device(config.device)
-    model = TransformerLM(config, seed=config.seed).to(device)
-    betas = (config.beta1, config.beta2)
-    optimizer = AdamW(model.parameters(), lr=config.lr, betas=betas, weight_decay=config.weight_decay)
-    state = _load_newest(folder, model, optimizer)
-    train_tokens, valid_tokens = (file.tokens() for file in files)
-    return _Run(
-        folder, config, tokenizer, train_tokens, valid_tokens, floor, on_eval, device, model, optimizer,
-        _Log(folder, state), state["iteration"] if state else 0,
-    )  # fmt: skip
+    if config.compile and device == "cpu" and not any(map(shutil.which, _COMPILERS)):
+        raise InputError(f"compile needs a C++ compiler on the PATH: {', '.join(_COMPILERS[1:])}; or leave it out")
+    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+        raise InputError(f"tracker {config.tracker} is a package that is not there; pip install {config.tracker}")
+    if config.dtype == "bfloat16":
+        ratio = _product_seconds(torch.bfloat16, device) / _product_seconds(torch.float32, device)
+        if ratio > 1:
+            _say(f"bfloat16 products take {ratio:.1f} times as long as float32 on this {device}; leave --dtype out")
+    return device
 
-# %% ../nbs/05_train.ipynb #a21a7c66
-def _loop(run: _Run) -> None:
-    """Train to the last step."""
-    config, log = run.config, run.log
-    if run.step == 0:
-        log.line(config, 0, val_loss=evaluate(run.model, run.valid_tokens, config))
-    with _StopSignals() as stop, _progress(config, run.step) as bar:
-        while run.step < config.last_step and stop.signum is None:
-            run.step += 1
-            _take_step(run)
-            _show(bar, config, log)
-            last = run.step == config.last_step
-            if run.step % config.eval_every == 0 or last:
-                _evaluate_and_log(run)
-            elif run.step % config.log_every == 0:
-                log.line(config, run.step)
-            if run.step % config.checkpoint_every == 0 or last or stop.signum is not None:
-                _save(run)
-    if stop.signum is not None and run.step < config.last_step:
-        raise Stopped(stop.signum, run.folder)
 
-# %% ../nbs/05_train.ipynb #077c4e6d
-def _take_step(run: _Run) -> None:
-    """Take one step and note its loss, gradient norm and time; if it diverges, log that."""
-    began = time.perf_counter()
-    batch = _batch_of_step(run.train_tokens, run.config, run.step, run.device)
-    try:
-        loss, norm = train_step(run.model, run.optimizer, batch, run.config, run.step)
-    except Diverged:
-        run.log.line(run.config, run.step, diverged=True)
-        raise
-    run.log.pending.append([loss, norm, time.perf_counter() - began])
+_COMPILERS = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
 
-# %% ../nbs/05_train.ipynb #4bf95aa9
-def _evaluate_and_log(run: _Run) -> None:
-    """Measure the validation loss, at the end whole stories too, and let the callback tell a story."""
-    more = {"val_loss": evaluate(run.model, run.valid_tokens, run.config)}
-    if run.floor is not None and run.step == run.config.last_step:
-        loss, _, _ = evaluate_stories(run.model, run.valid_tokens, _end_id(run.tokenizer))
-        more |= {"story_loss": loss, "floor": run.floor}
-    run.log.line(run.config, run.step, **more)
-    text = run.on_eval(run.model, run.tokenizer, run.step) if run.on_eval else None
-    if text is not None:
-        run.log.append("samples.txt", f"=== step {run.step} ===\n{text}\n\n")
-        tqdm.write(f"--- after step {run.step}:\n{text}\n")
 
-# %% ../nbs/05_train.ipynb #1ee853f4
-def _save(run: _Run) -> None:
-    """Write the checkpoint of the current step, then remove the oldest beyond those kept."""
-    folder = run.folder / "checkpoints" / f"step-{run.step:08d}"
-    save_checkpoint(run.model, run.optimizer, run.step, folder, run.log.state())
-    for old in _checkpoints(run.folder)[_CHECKPOINTS_KEPT:]:
-        shutil.rmtree(old)
+def _product_seconds(dtype: torch.dtype, device: str) -> float:
+    """Time a matrix product: the best of five."""
+    a, times = torch.ones(512, 512, dtype=dtype, device=device), []
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 # %% ../nbs/05_train.ipynb #d09b726c
 def _progress(config: TrainConfig, start: int) -> tqdm:
@@ -749,86 +1103,53 @@ def _show(bar: tqdm, config: TrainConfig, log: _Log) -> None:
     bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
     bar.update()
 
-# %% ../nbs/05_train.ipynb #bdf1b6c0
-def train(
-    config: TrainConfig,  # the whole description of the run
-    on_eval: _OnEval | None = None,  # called as (model, tokenizer, step) after evaluations; returns text to keep
-) -> Path:  # the run directory
-    """Train a model from scratch, preparing its data if need be.
+# %% ../nbs/05_train.ipynb #9ceb67de
+def _tracker(config: TrainConfig, run_dir: Path, step: int) -> _Track:
+    """Open the tracker; what it had heard of later steps, from before a crash, is dropped."""
+    if config.tracker == "none":
+        return lambda row: None
+    if config.tracker == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-    Raises InputError for a mistake that the user can mend, Diverged if the loss stops being finite, and
-    Stopped when a signal asked for it.
-    """
-    stamp = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{corpus_name(config.corpus)}-{config.preset}"
-    run_dir = Path(config.run_dir or f"runs/{stamp}")
-    if run_dir.exists():
-        raise InputError(f"{run_dir}: exists already; choose another --run_dir, or go on with --resume {run_dir}")
-    device = _pick_device(config.device)
-    tokenizer, files, paths = _prepare(config)
-    _check_data(config, tokenizer, *files)
-    data = _describe_data(config, tokenizer, files, paths["train"])
-    about = {"data": data, "commit": _commit(), "environment": _environment(device)}
-    run_dir.mkdir(parents=True)
-    tokenizer.save(run_dir / "tokenizer")
-    with atomic_write(run_dir / "config.json", "w") as file:
-        json.dump({**asdict(replace(config, run_dir=str(run_dir))), **about}, file, indent=1)
-    _loop(_open_run(run_dir, config, tokenizer, files, data["floor"], on_eval))
-    _report(run_dir)
-    return run_dir
+        writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
-# %% ../nbs/05_train.ipynb #e60f40d1
-def resume(
-    run_dir: str | Path,  # the folder of a run that was stopped, killed or finished
-    on_eval: _OnEval | None = None,  # as in train
-    max_steps: int | None = None,  # go on to this step; None means what the run was made for
-) -> Path:  # the run directory
-    """Go on with a run from its newest valid checkpoint, exactly as if it had never stopped.
+        def show(row: _Row) -> None:
+            for name, value in _flat(row).items():
+                writer.add_scalar(name, value, row["step"])
+            writer.flush()
 
-    Raises InputError when the folder is no run, or when the data are no longer those it began with.
-    """
-    run_dir = Path(run_dir)
-    config, saved = _read_config(run_dir)
-    if max_steps is not None:
-        config = replace(config, max_steps=max_steps)
-    tokenizer, files, _ = _prepare(config)
-    _check_data(config, tokenizer, *files)
-    found = (tokenizer.fingerprint, files[0].sha256, files[1].sha256)
-    if found != tuple(saved["data"][key] for key in ("fingerprint", "sha256", "valid_sha256")):
-        raise InputError(f"{run_dir}: corpus {config.corpus} is not the one that the run began with; start a new run")
-    for leftover in (run_dir / "checkpoints").glob(".*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    _loop(_open_run(run_dir, config, tokenizer, files, saved["data"]["floor"], on_eval))
-    _report(run_dir)
-    return run_dir
+        return show
+    import wandb
 
-# %% ../nbs/05_train.ipynb #879c072d
-def load_run(
-    run_dir: str | Path,  # the folder of a run
-    device: str = "cpu",  # where the model shall live; "auto" for the best there is
-) -> tuple[TransformerLM, Tokenizer, TrainConfig]:  # the model of the newest valid checkpoint, tokenizer, config
-    """Load what a run has made so far. Raises InputError when there is nothing to load."""
-    run_dir = Path(run_dir)
-    config, _ = _read_config(run_dir)
-    model = TransformerLM(config, seed=config.seed)
-    if _load_newest(run_dir, model) is None:
-        raise InputError(f"{run_dir}: the run has no checkpoint yet")
-    return model.to(_pick_device(device)), Tokenizer.load(run_dir / "tokenizer"), config
+    mode = os.environ.get("WANDB_MODE", "offline")
+    wandb_run = wandb.init(project="tinylm", name=run_dir.name, dir=str(run_dir), config=asdict(config), mode=mode)
+    return lambda row: wandb_run.log(_flat(row), step=row["step"])
 
-# %% ../nbs/05_train.ipynb #cd847502
+
+def _flat(row: _Row) -> dict[str, float]:
+    """Collect the numbers of a line; those of a layer are named like `gradients/layers.0`."""
+    pairs = [(name, value) for name, value in row.items() if not isinstance(value, dict)]
+    pairs += [(f"{kind}/{name}", value) for kind in _KINDS for name, value in row.get(kind, {}).items()]
+    return {name: value for name, value in pairs if isinstance(value, (int, float)) and name != "step"}
+
+
+_KINDS = {"activations": "root mean square", "gradients": "L2 norm", "updates": "L2 norm, relative to the weights"}
+
+# %% ../nbs/05_train.ipynb #d0173280
 def _report(run_dir: Path) -> None:
     """Print how a run ended, with the excess over the floor where it is known."""
-    last = _read_metrics(run_dir)[-1]
-    line = f"validation loss {last['val_loss']:.4f} nats per token"
+    last = [row for row in _read_metrics(run_dir) if row.get("val_loss") is not None][-1]
+    line = f"validation loss {last['val_loss']:.4f} nats per token after step {last['step']}"
     if "floor" in last:
         loss, floor = last["story_loss"], last["floor"]
         line += f"; on whole stories {loss:.4f}, and the floor is {floor:.4f}: excess {loss - floor:.4f}"
     tqdm.write(line)
 
-# %% ../nbs/05_train.ipynb #a6fa2edb
+# %% ../nbs/05_train.ipynb #4ece0a60
 def _read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run's log."""
+    """Read the lines of a run's log; a last one that a crash has cut off is no line."""
     with open(run_dir / "metrics.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line) for line in file if line.endswith("\n")]
 
 # %% ../nbs/05_train.ipynb #50d03774
 def _read_run(source: Path) -> tuple[str, list[dict[str, Any]], float | None]:
@@ -873,7 +1194,28 @@ def plot_run(
         axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "2357" else "")
     return figure
 
-# %% ../nbs/05_train.ipynb #47ef3ee5
+# %% ../nbs/05_train.ipynb #ee06dc78
+def plot_watch(
+    source: str | Path,  # the folder of a run with watch=True, or a record of one
+) -> Any:  # a matplotlib Figure
+    """Draw activations, gradients and updates of each part of the model over the steps of a run."""
+    import matplotlib.pyplot as plt
+
+    name, rows, _ = _read_run(Path(source))
+    rows = [row for row in rows if "activations" in row]
+    if not rows:
+        raise InputError(f"{source}: its layers were not watched; train with --watch")
+    figure, axes = plt.subplots(1, 3, figsize=(7.6, 2.9), layout="constrained")
+    for axis, (kind, unit) in zip(axes, _KINDS.items(), strict=True):
+        parts = list(rows[-1][kind])
+        for i, part in enumerate(parts):
+            points = [(row["step"], float(row[kind][part])) for row in rows if part in row[kind]]
+            axis.plot(*zip(*points, strict=True), color=plt.cm.viridis(0.9 * i / len(parts)), label=part, lw=1.1)
+        axis.set(xlabel="step", title=kind, ylabel=unit, yscale="log")
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=5, loc="outside lower center", title=name)
+    return figure
+
+# %% ../nbs/05_train.ipynb #0f93dd73
 def record_run(
     run_dir: str | Path,  # the folder of a run that is finished or has diverged
     dst: str | Path,  # the JSON file to write
@@ -887,6 +1229,7 @@ def record_run(
         "environment": saved["environment"],
         "diverged_at_step": next((row["step"] for row in curve if row.get("diverged")), None),
         "best_val_loss": min(validation, default=None), "curve": curve,
+        **{key: saved[key] for key in ["history"] if key in saved},
     }  # fmt: skip
     with atomic_write(dst, "w") as file:
         json.dump(record, file)
