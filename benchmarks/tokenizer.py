@@ -1,20 +1,24 @@
 """Time BPE training and encoding beside other tokenizers, in one run on the same cores; print Markdown tables.
 
 Each figure comes from a fresh process, so that peak memory is that of one task. What a tool does once, at its first
-call (compiling, starting threads), is done on a small text beforehand and reported apart.
+call (importing, compiling, starting threads), is done on a small text beforehand and reported apart. tinylm writes its
+ids to a token file, SHA-256 and flushing to the disk included; the others keep theirs in memory. A tool that takes
+more than --limit-s seconds or --limit-gb of memory is stopped, and its row says so.
 
 Peers are optional; a tool that is not installed is named as such:
 
     pip install gigabpe gigatoken rustbpe tokenizers tiktoken bpeasy
 """
+
 import argparse
+import contextlib
 import gzip
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import os
-import pickle
 import platform
 import random
 import resource
@@ -40,22 +44,13 @@ def documents(path):
     return Path(path).read_text(encoding="utf-8", errors="replace").split(END)
 
 
-def byte_chars():
-    "The letters that byte-level tokenizers print for bytes."
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
-
-
 # --- training: each function trains on a file and returns the number of tokens that it can then produce
 
 
 def train_tinylm(path, vocab_size, num_workers):
-    from tinylm.kernels import count_pretokens, merge_pairs
+    from tinylm.tokenizer import train_bpe
 
-    with open(path, "rb") as stream:
-        pretokens = count_pretokens(stream, [END.encode()], num_workers=num_workers)
-    return 257 + len(merge_pairs(pretokens, vocab_size - 257))
+    return len(train_bpe(path, vocab_size, [END], num_workers=num_workers)[0])
 
 
 def train_gigabpe(path, vocab_size, num_workers):
@@ -96,30 +91,26 @@ def train_bpeasy(path, vocab_size, num_workers):
     return 1 + len(bpeasy.train_bpe(iter(documents(path)), PATTERN, 1 << 20, vocab_size - 1))
 
 
-# --- encoding: each function gets a vocabulary, loads it, and returns a function from a path to all ids but END's
+# --- encoding: each function loads a tokenizer.json; it returns how to encode a file, and how to get all ids but END's
 
 
-def encode_tinylm(vocabulary, num_workers):
-    import numpy as np
+def encode_tinylm(folder, num_workers):
+    from tinylm.tokenizer import Tokenizer
 
-    from tinylm.kernels import Encoder
-
-    merges, end_id = vocabulary["merges"], vocabulary["end"]
-    encoder = Encoder(range(256), merges, special_tokens={END.encode(): end_id})
+    tokenizer = Tokenizer.load(folder)
+    end_id = tokenizer.special_tokens[END]
 
     def encode(path):
-        with open(path, "rb") as stream:
-            chunks = iter(lambda: stream.read(1 << 20), b"")
-            return list(encoder.encode_chunks(chunks, num_workers=num_workers))
+        return tokenizer.encode_file(path, Path(folder) / "encoded.bin", num_workers=num_workers)
 
-    return encode, lambda arrays: (ids := np.concatenate(arrays))[ids != end_id]
+    return encode, lambda file: (ids := file.tokens())[ids != end_id]
 
 
-def encode_gigatoken(vocabulary, num_workers):
+def encode_gigatoken(folder, num_workers):
     import awkward
     import gigatoken
 
-    tokenizer = gigatoken.Tokenizer(vocabulary["json"])
+    tokenizer = gigatoken.Tokenizer(str(Path(folder) / "tokenizer.json"))
 
     def encode(path):
         return tokenizer.encode_files(gigatoken.TextFileSource([path], separator=END))
@@ -127,11 +118,13 @@ def encode_gigatoken(vocabulary, num_workers):
     return encode, lambda rows: awkward.to_numpy(awkward.flatten(rows))
 
 
-def encode_tiktoken(vocabulary, num_workers):
+def encode_tiktoken(folder, num_workers):
     import numpy as np
     import tiktoken
 
-    ranks = {token: i for i, token in enumerate(vocabulary["tokens"])}
+    from tinylm.tokenizer import Tokenizer  # tiktoken reads no tokenizer.json
+
+    ranks = {token: i for i, token in Tokenizer.load(folder).vocab.items() if token != END.encode()}
     encoding = tiktoken.Encoding("trained", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def encode(path):
@@ -140,11 +133,11 @@ def encode_tiktoken(vocabulary, num_workers):
     return encode, lambda rows: np.concatenate([np.array(row, np.int64) for row in rows])
 
 
-def encode_tokenizers(vocabulary, num_workers):
+def encode_tokenizers(folder, num_workers):
     import numpy as np
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(vocabulary["json"])
+    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
 
     def encode(path):
         return tokenizer.encode_batch_fast(documents(path))
@@ -156,7 +149,7 @@ TRAIN = {"tinylm": train_tinylm, "gigabpe": train_gigabpe, "gigatoken": train_gi
          "tokenizers": train_tokenizers, "bpeasy": train_bpeasy}  # fmt: skip
 ENCODE = {"tinylm": encode_tinylm, "gigatoken": encode_gigatoken, "tiktoken": encode_tiktoken,
           "tokenizers": encode_tokenizers}  # fmt: skip
-SLOW = {"tokenizers", "bpeasy"}  # left out with --large
+SLOW = {"tokenizers", "bpeasy", "rustbpe"}  # trained once only
 SLOW_ENCODERS = {"tiktoken", "tokenizers"}  # encode --slow-mb only, and keep lists of Python numbers
 
 
@@ -165,30 +158,51 @@ SLOW_ENCODERS = {"tiktoken", "tokenizers"}  # encode --slow-mb only, and keep li
 
 def measure_one(job):
     "Run one task, and print what it took as JSON."
-    small = Path(job["folder"]) / "small.txt"
-    start = time.perf_counter()
+    small, result = Path(job["folder"]) / "small.txt", {}
+    with timed(result, "first"):
+        if job["task"] == "train":
+            TRAIN[job["tool"]](small, 4000, job["threads"])
+        else:
+            encode, flat = ENCODE[job["tool"]](job["tokenizer"], job["threads"])
+            encode(small)
     if job["task"] == "train":
-        TRAIN[job["tool"]](small, 4000, job["threads"])
-        first = time.perf_counter() - start
-        start, cpu = time.perf_counter(), time.process_time()
-        tokens = TRAIN[job["tool"]](job["path"], job["vocab_size"], job["threads"])
-        result = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu, "tokens": tokens}
-    else:
-        with open(job["vocabulary"], "rb") as file:
-            encode, flat = ENCODE[job["tool"]](pickle.load(file), job["threads"])
-        encode(small)
-        first = time.perf_counter() - start
-        start, cpu = time.perf_counter(), time.process_time()
-        ids = encode(job["path"])
-        result = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+        with timed(result, "seconds"):
+            result["tokens"] = TRAIN[job["tool"]](job["path"], job["vocab_size"], job["threads"])
+        result["peak"] = peak_memory()
+    elif job["task"] == "encode":
+        with timed(result, "seconds"):
+            ids = encode(job["path"])
         result["peak"] = peak_memory()
         digest = flat(ids).astype("<u4")
         result |= {"tokens": len(digest), "digest": hashlib.sha256(digest.tobytes()).hexdigest()[:12]}
         del ids, digest
-        start = time.perf_counter()
-        encode(job["path"])
-        result["again"] = time.perf_counter() - start
-    print(json.dumps({"first": first, "peak": peak_memory()} | result))
+        with timed(result, "again"):
+            encode(job["path"])
+    print(json.dumps(result))
+
+
+@contextlib.contextmanager
+def timed(result, name):
+    start = time.perf_counter()
+    yield
+    result[name] = time.perf_counter() - start
+
+
+def stream_one(job):
+    "Encode a text of many GB as a stream of strings, and print the peak memory near its start and at its end."
+    from tinylm.tokenizer import Tokenizer
+
+    text = Path(job["path"]).read_text(encoding="utf-8", errors="replace")[: 10**6]
+    times, result, start = job["bytes"] // len(text.encode()), {}, time.perf_counter()
+    peaks = []
+
+    def chunks():
+        for _ in range(10):
+            yield from itertools.repeat(text, times // 10)
+            peaks.append(peak_memory())
+
+    result["tokens"] = sum(1 for _ in Tokenizer.load(job["tokenizer"]).encode_iterable(chunks()))
+    print(json.dumps(result | {"seconds": time.perf_counter() - start, "peaks": peaks}))
 
 
 def peak_memory():
@@ -199,19 +213,46 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
+def memory_of(process):
+    "MB that another process holds now; 0 where the system does not tell."
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+        return int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e6
+    except (OSError, IndexError):
+        return 0
+
+
+def run_once(job, **env):
+    "Run a job in a fresh process; its result, or a word about why there is none."
+    env = {**os.environ, "RAYON_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "true", **env}
+    command = [sys.executable, __file__, "--job", json.dumps(job)]
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+", encoding="utf-8") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=env)
+        stop = time.monotonic() + job["limit_s"]
+        while process.poll() is None:
+            over = f"over {job['limit_s']:g} s" if time.monotonic() > stop else ""
+            over = f"over {job['limit_gb']:g} GB" if memory_of(process) > 1000 * job["limit_gb"] else over
+            if over:
+                process.kill()
+                process.wait()
+                return over
+            time.sleep(0.05)
+        out.seek(0), err.seek(0)
+        if process.returncode:
+            last = (err.read().strip().splitlines() or ["killed"])[-1]
+            return "not installed" if "ModuleNotFoundError" in last else f"failed: {last[:60]}"
+        return json.loads(out.read().splitlines()[-1])
+
+
 def run(job, repeat):
-    "The best of a few fresh processes; or a word about why there is no figure."
-    best = None
-    env = {**os.environ, "RAYON_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "true"}
+    "The best of a few fresh processes."
+    results = []
     for _ in range(repeat):
-        command = [sys.executable, __file__, "--job", json.dumps(job)]
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["killed"])[-1]
-            return "not installed" if "ModuleNotFoundError" in last else last[:60]
-        result = json.loads(done.stdout.splitlines()[-1])
-        best = result if best is None or result["seconds"] < best["seconds"] else best
-    return best
+        result = run_once(job)
+        if isinstance(result, str):
+            return result
+        results.append(result)
+    return min(results, key=lambda result: result["seconds"])
 
 
 # --- corpora
@@ -272,68 +313,79 @@ def head(path, size, to):
     return to
 
 
-def make_vocabulary(path, vocab_size, folder):
-    "One vocabulary for all: trained by tinylm, handed to every tool in the form that it reads."
-    from tinylm.kernels import count_pretokens, merge_pairs
+def make_tokenizer(path, vocab_size, folder):
+    "One tokenizer.json for all, trained by tinylm."
+    from tinylm.tokenizer import Tokenizer, train_bpe
 
-    with open(path, "rb") as stream:
-        merges = merge_pairs(count_pretokens(stream, [END.encode()]), vocab_size - 257).tolist()
-    tokens = [bytes([byte]) for byte in range(256)]
-    for a, b in merges:
-        tokens.append(tokens[a] + tokens[b])
-    chars = byte_chars()
-    names = ["".join(chars[byte] for byte in token) for token in tokens]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    model = {"type": "BPE", "vocab": {name: i for i, name in enumerate(names)},
-             "merges": [[names[a], names[b]] for a, b in merges]}  # fmt: skip
-    whole = {"version": "1.0", "added_tokens": [{"id": len(tokens), "content": END, **added}], "pre_tokenizer": level,
-             "decoder": level, "model": model}  # fmt: skip
-    as_json = folder / f"{path.stem}-{vocab_size}.json"
-    as_json.write_text(json.dumps(whole), encoding="utf-8")
-    to = folder / f"{path.stem}-{vocab_size}.pickle"
-    to.write_bytes(pickle.dumps({"merges": merges, "tokens": tokens, "end": len(tokens), "json": str(as_json)}))
-    return to
+    made = folder / f"{path.stem}-{vocab_size}"
+    Tokenizer(*train_bpe(path, vocab_size, [END]), [END]).save(made)
+    return str(made)
 
 
 # --- tables
 
 
 def row(tool, result, size, ours):
+    "A line of a table; `ours` is tinylm's speed."
     if isinstance(result, str):
-        return f"| {tool} | {result} |" + " |" * 6
+        return f"| {tool} | {result} |" + " |" * 5
     speed = size / result["seconds"] / 1e6
     again = f"{size / result['again'] / 1e6:,.0f}" if "again" in result else ""
     ratio = f"{ours / speed:.2f}" if ours else ""
-    cells = [tool, f"{result['seconds']:.2f}", f"{result['cpu']:.2f}", f"{speed:,.1f}", again, ratio]
-    return f"| {' | '.join(cells)} | {result['peak']:,.0f} | {result['first']:.1f} |"
+    cells = [tool, f"{result['seconds']:.2f}", f"{speed:,.1f}", again, ratio, f"{result['peak']:,.0f}"]
+    return f"| {' | '.join(cells)} | {result['first']:.1f} |"
 
 
-def table(title, tools, job_of, repeat, records):
-    "Measure all tools at one task, and print the rows as they come."
-    print(f"\n**{title}**\n")
-    print("| tool | s | CPU s | MB/s | again, MB/s | tinylm is faster by | peak MB | first call, s |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
-    ours, digests = None, {}
+def show(rows):
+    "Print the tables of a record."
+    for title, group in itertools.groupby(rows, key=lambda row: row["title"]):
+        of_title = list(group)
+        print(f"\n**{title}**\n")
+        if title.startswith(("Compile", "Stream")):
+            print(sentence(of_title[0]["bytes"], of_title[0]["result"]))
+            continue
+        print("| tool | s | MB/s | again, MB/s | tinylm is faster by | peak MB | first call, s |")
+        print("|---|---:|---:|---:|---:|---:|---:|")
+        ours, digests = None, {}
+        for one in of_title:
+            tool, size, result = one["tool"], one["bytes"], one["result"]
+            if tool == "tinylm" and isinstance(result, dict):
+                ours = size / result["seconds"] / 1e6
+            if "digest" in result:
+                digests.setdefault((size, result["digest"]), []).append(tool)
+            print(row(tool, result, size, ours))
+        for (size, digest), same in digests.items():
+            print(f"\nids of {size / 1e6:.0f} MB: {digest} by {', '.join(same)}")
+
+
+def sentence(size, result):
+    "What there is to say about a task that only tinylm does."
+    if isinstance(result, str):
+        return result
+    if "peaks" not in result:
+        return f"{result['first']:.0f} s"
+    peaks = f"{result['peaks'][0]:.0f} MB after a tenth of it, {result['peaks'][-1]:.0f} MB at its end"
+    return f"{size / 1e9:.1f} GB, {result['tokens']:,} ids in {result['seconds']:.0f} s; peak memory {peaks}"
+
+
+def measure(title, tools, job_of, repeat):
+    "Measure all tools at one task."
+    rows = []
     for tool in tools:
         job = job_of(tool)
-        result, size = run(job, repeat), os.path.getsize(job["path"])
-        if tool == "tinylm" and isinstance(result, dict):
-            ours = size / result["seconds"] / 1e6
-        if isinstance(result, dict) and "digest" in result:
-            digests.setdefault((size, result["digest"]), []).append(tool)
-        records.append({"title": title, "tool": tool, "bytes": size, "result": result})
-        print(row(tool, result, size, ours), flush=True)
-    for (size, digest), same in digests.items():
-        print(f"\nids of {size / 1e6:.0f} MB: {digest} by {', '.join(same)}")
+        result = run(job, 1 if tool in SLOW else repeat)
+        rows.append({"title": title, "tool": tool, "bytes": os.path.getsize(job["path"]), "result": result})
+        print(f"{title}, {tool}: {result}", file=sys.stderr, flush=True)
+    return rows
 
 
 def machine(threads):
-    names = [f"{name} {importlib.metadata.version(name)}" for name in sorted(TRAIN | ENCODE) if has(name)]
+    "On what all this is measured."
+    names = {name: importlib.metadata.version(name) for name in sorted({"numba", *TRAIN, *ENCODE}) if has(name)}
     cpu = next((line.split(":")[1].strip() for line in io.StringIO(read_cpu()) if line.startswith("model name")), "")
-    print(f"{cpu or platform.processor()}, {threads} threads, Python {platform.python_version()}; {', '.join(names)}")
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
-        print(f"\nThe machine is busy (load {os.getloadavg()[0]:.1f}): trust the ratios at most.")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    return {"cpu": cpu or platform.processor(), "threads": threads, "python": platform.python_version(),
+            "load before": round(load, 1), "versions": names}  # fmt: skip
 
 
 def read_cpu():
@@ -355,52 +407,83 @@ def parse():
     add("--mb", type=int, nargs="+", default=[52, 100], help="MB of each corpus; smaller ones are repeated")
     add("--vocab-size", type=int, nargs="+", default=[10_000, 32_000])
     add("--tools", nargs="+", default=sorted(TRAIN | ENCODE, key=[*TRAIN, *ENCODE].index))
+    add("--tasks", nargs="+", default=["compile", "train", "encode"], choices=["compile", "train", "encode", "stream"])
     add("--threads", type=int, default=2)
-    add("--repeat", type=int, default=2, help="take the best of so many runs")
+    add("--repeat", type=int, default=3, help="take the best of so many runs; slow trainers run once")
     add("--slow-mb", type=int, default=10, help="MB that tiktoken and tokenizers encode")
-    add("--large", action="store_true", help="also a generated file with millions of distinct pretokens")
+    add("--large", action="store_true", help="only a generated file with millions of distinct pretokens")
     add("--large-mb", type=int, default=1000)
+    add("--stream-gb", type=float, default=5, help="length of the text for the task `stream`")
+    add("--limit-s", type=float, default=120, help="stop a tool that takes longer")
+    add("--limit-gb", type=float, default=8, help="stop a tool that takes more memory")
     add("--folder", type=Path, help="where to put the corpora (default: a temporary folder)")
-    add("--json", type=Path, help="write all figures to this file")
+    add("--json", type=Path, help="keep all figures in this file; what it holds of other tasks stays")
+    add("--show", type=Path, help="measure nothing, print the tables of such a file")
     add("--job", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def benchmark(args, folder):
-    records = []
-    (folder / "small.txt").write_text(small_text(), encoding="utf-8")
-    machine(args.threads)
-    corpora = {path.name.split(".")[0]: [path] for path in args.corpus} if args.corpus else default_corpora()
-    paths = {}
-    for i, (name, parts) in enumerate(corpora.items()):
-        paths[name] = prepare(name, parts, args.mb[min(i, len(args.mb) - 1)] * 10**6, folder)
+def make_corpora(args, folder):
+    "Name and path of each corpus."
     if args.large:
-        paths["large"] = write_large(folder / "large.txt", args.large_mb * 10**6)
+        large = folder / "large.txt"
+        return {"large": large if large.exists() else write_large(large, args.large_mb * 10**6)}
+    corpora = {path.name.split(".")[0]: [path] for path in args.corpus} if args.corpus else default_corpora()
+    sizes = [args.mb[min(i, len(args.mb) - 1)] * 10**6 for i in range(len(corpora))]
+    return {name: prepare(name, parts, size, folder)
+            for (name, parts), size in zip(corpora.items(), sizes, strict=True)}  # fmt: skip
 
-    def job(task, tool, path, vocab_size, **more):
-        more |= {"task": task, "tool": tool, "path": str(path), "vocab_size": vocab_size}
-        return more | {"threads": args.threads, "folder": str(folder)}
 
-    for name, path in paths.items():
-        sizes = args.vocab_size[-1:] if name == "large" else args.vocab_size
+def benchmark(args, folder):
+    "All rows of all tables."
+    (folder / "small.txt").write_text(small_text(), encoding="utf-8")
+
+    def job(task, tool, path, **more):
+        common = {name: getattr(args, name) for name in ("threads", "limit_s", "limit_gb")}
+        return {"task": task, "tool": tool, "path": str(path), "folder": str(folder), **common, **more}
+
+    rows = []
+    small = make_tokenizer(folder / "small.txt", 1000, folder)
+    if "compile" in args.tasks:
+        for task in ("train", "encode"):
+            with tempfile.TemporaryDirectory() as empty:
+                chosen = job(task, "tinylm", folder / "small.txt", vocab_size=1000, tokenizer=small)
+                result = run_once(chosen, NUMBA_CACHE_DIR=empty)
+            title = f"Compile, once per installation: {task}"
+            rows.append({"title": title, "tool": "tinylm", "bytes": 1, "result": result})
+    for name, path in make_corpora(args, folder).items():
         part = head(path, args.slow_mb * 10**6, folder / f"{name}-part.txt")
-        for vocab_size in sizes:
+        for vocab_size in args.vocab_size[-1:] if args.large else args.vocab_size:
             what = f"{name}, {path.stat().st_size / 1e6:.0f} MB, {vocab_size:,} tokens"
-            tools = [t for t in args.tools if t in TRAIN and not (name == "large" and t in SLOW)]
 
             def training(tool):
-                return job("train", tool, path, vocab_size)  # noqa: B023
+                return job("train", tool, path, vocab_size=vocab_size)  # noqa: B023
 
-            table(f"Train: {what}", tools, training, args.repeat, records)
-            vocabulary = str(make_vocabulary(path, vocab_size, folder))
+            if "train" in args.tasks:
+                rows += measure(f"Train: {what}", [t for t in args.tools if t in TRAIN], training, args.repeat)
+            if not {"encode", "stream"} & set(args.tasks):
+                continue
+            made = make_tokenizer(path, vocab_size, folder)
 
             def encoding(tool):
-                source = part if tool in SLOW_ENCODERS else path  # noqa: B023
-                return job("encode", tool, source, vocab_size, vocabulary=vocabulary)  # noqa: B023
+                return job("encode", tool, part if tool in SLOW_ENCODERS else path, tokenizer=made)  # noqa: B023
 
-            table(f"Encode: {what}", [t for t in args.tools if t in ENCODE], encoding, args.repeat, records)
-    if args.json:
-        args.json.write_text(json.dumps(records, indent=1), encoding="utf-8")
+            if "encode" in args.tasks:
+                rows += measure(f"Encode: {what}", [t for t in args.tools if t in ENCODE], encoding, args.repeat)
+            if "stream" in args.tasks and not any(row["title"].startswith("Stream") for row in rows):
+                size = int(args.stream_gb * 1e9)
+                result = run_once(job("stream", "tinylm", path, tokenizer=made, bytes=size))
+                rows.append({"title": f"Stream: {what}", "tool": "tinylm", "bytes": size, "result": result})
+    return rows
+
+
+def record(rows, args):
+    "Put new rows in the place of old ones of the same task."
+    old = json.loads(args.json.read_text(encoding="utf-8"))["rows"] if args.json.exists() else []
+    new = {(row["title"], row["tool"]) for row in rows}
+    rows = [row for row in old if (row["title"], row["tool"]) not in new] + rows
+    whole = {"command": "python benchmarks/tokenizer.py", "environment": machine(args.threads), "rows": rows}
+    args.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 def main():
@@ -409,13 +492,19 @@ def main():
         job = json.loads(args.job)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: job["threads"]]))
-        measure_one(job)
-    elif args.folder:
-        args.folder.mkdir(parents=True, exist_ok=True)
-        benchmark(args, args.folder)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            benchmark(args, Path(folder))
+        stream_one(job) if job["task"] == "stream" else measure_one(job)
+        return
+    if args.show:
+        show(json.loads(args.show.read_text(encoding="utf-8"))["rows"])
+        return
+    print(json.dumps(machine(args.threads)))
+    with contextlib.ExitStack() as stack:
+        folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = benchmark(args, folder)
+    if args.json:
+        record(rows, args)
+    show(rows)
 
 
 if __name__ == "__main__":
