@@ -297,15 +297,23 @@ def _llama2c_weights(model: TransformerLM) -> Iterator[Tensor]:
     yield from (rope.cos, rope.sin)  # type: ignore[union-attr, misc]
     yield weights["lm_head.weight"]
 
-# %% ../nbs/08_export.ipynb #9a3c5c55
+# %% ../nbs/08_export.ipynb #46ff99ab
+def _placeholder(i: int) -> str:
+    "Name an id that the model has and the tokenizer does not use."
+    return f"[PAD{i}]"
+
+# %% ../nbs/08_export.ipynb #25ebfcc0
 def _llama2c_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> bytes:
     "Write tokenizer.bin: score, length and bytes of each token."
     ranks = {a + b: rank for rank, (a, b) in enumerate(tokenizer.merges)}
-    never = {b"", *(name.encode() for name in tokenizer.special_tokens)}
-    tokens = [tokenizer.vocab.get(i, b"") for i in range(vocab_size)]
-    scores = [-1e10 if token in never else -float(ranks.get(token, 0)) for token in tokens]
-    entries = [struct.pack("<fi", score, len(token)) + token for score, token in zip(scores, tokens, strict=True)]
-    return struct.pack("<i", max(map(len, tokens))) + b"".join(entries)
+    never = tokenizer.special_tokens.values()
+    entries, longest = [], 1
+    for i in range(vocab_size):
+        token = tokenizer.vocab.get(i, _placeholder(i).encode())
+        score = -1e10 if i in never or i not in tokenizer.vocab else -float(ranks.get(token, 0))
+        entries.append(struct.pack("<fi", score, len(token)) + token)
+        longest = max(longest, len(token))
+    return struct.pack("<i", longest) + b"".join(entries)
 
 # %% ../nbs/08_export.ipynb #a2faa54b
 def to_llama2c(
@@ -343,14 +351,14 @@ def _gguf_sizes(writer: Any, config: ModelConfig) -> None:
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(1e-5)
 
-# %% ../nbs/08_export.ipynb #d2937299
+# %% ../nbs/08_export.ipynb #b2a331bd
 def _gguf_vocabulary(writer: Any, tokenizer: Tokenizer, vocab_size: int, kind: Any) -> None:
     "Add tokens, types, merges and the special ids."
     special = {i: name for name, i in tokenizer.special_tokens.items()}
     tokens, types = [], []
     for i in range(vocab_size):
         known = i in tokenizer.vocab
-        tokens.append(special.get(i) or (_to_chars(tokenizer.vocab[i]) if known else f"[PAD{i}]"))
+        tokens.append(special.get(i) or (_to_chars(tokenizer.vocab[i]) if known else _placeholder(i)))
         types.append(kind.CONTROL if i in special else kind.NORMAL if known else kind.UNUSED)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
