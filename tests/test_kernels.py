@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -233,6 +234,20 @@ def fables_decoder() -> Decoder:
     return Decoder(fables_tokenizer().vocab)
 
 
+def test_more_pretokens_than_the_cache_has_lines():
+    draw = random.Random(0)
+    words = [b" %09x" % draw.getrandbits(36) for _ in range((1 << kernels._ENCODE_BITS) * 5 // 4)]
+    encoder, data = fables_encoder(), b"".join(words)
+    fresh = kernels._Worker(encoder._specials, encoder._ranks)
+    one_by_one = []
+    for i in range(0, len(words), 1000):  # few at a time, and then forget them
+        part = b"".join(words[i : i + 1000])
+        one_by_one.append(fresh.encode((kernels._pad(part), len(part)), np.dtype(np.uint32)))
+        fresh.lines[:] = 0
+    for _ in range(2):
+        assert np.array_equal(encoder.encode(data), np.concatenate(one_by_one))
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12, unique=True), st.binary(max_size=150))
 def test_short_and_long_pretokens_merge_alike(pairs, data):
@@ -375,23 +390,30 @@ def test_a_failing_stream_stops_the_workers():
         list(fables_encoder().encode_chunks(chunks(), num_workers=2, block_size=100))
 
 
-TRY = "import tinylm.kernels as k; print(len(k.split_pretokens(b'ab ab')))"
+TRY = "import kernels as k; print(len(k.split_pretokens(b'ab ab')))"
 
 
-def test_works_where_nothing_can_be_written(tmp_path):
+@pytest.fixture
+def copied(tmp_path):
+    "A folder with a copy of the module, which nobody changes while the test runs."
+    shutil.copy(kernels.__file__, tmp_path / "kernels.py")
+    return tmp_path
+
+
+def test_works_where_nothing_can_be_written(copied):
     "Without a folder for compiled code numba refuses to cache; then the functions are compiled anew."
     code = "import numba.core.caching as c\nc.CacheImpl._locator_classes = []\n" + TRY
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=copied)
     assert done.stdout == "2\n", done.stderr
 
 
-def test_compiled_code_is_kept_on_disk(tmp_path):
-    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", TRY], check=True, capture_output=True, env=env)
-    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
+def test_compiled_code_is_kept_on_disk(copied):
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(copied / "cache")}
+    subprocess.run([sys.executable, "-c", TRY], check=True, capture_output=True, env=env, cwd=copied)
+    files = {path: path.stat().st_mtime_ns for path in copied.rglob("*.nb?")}
     assert files
-    subprocess.run([sys.executable, "-c", TRY], check=True, capture_output=True, env=env)
-    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
+    subprocess.run([sys.executable, "-c", TRY], check=True, capture_output=True, env=env, cwd=copied)
+    assert files == {path: path.stat().st_mtime_ns for path in copied.rglob("*.nb?")}
 
 
 def test_imports_neither_torch_nor_regex():

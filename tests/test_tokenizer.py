@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -282,6 +283,22 @@ def test_a_file_of_any_bytes_gives_the_ids_of_its_text(tokenizer, data, tmp_path
     for num_workers in (1, 8):
         made = tokenizer.encode_file(folder / "x.txt", folder / "x", num_workers=num_workers)
         assert made.tokens().tolist() == expected
+
+
+ENDS = [f"{END_OF_TEXT}a b{END_OF_TEXT}", f"  {END_OF_TEXT}", f"{END_OF_TEXT}\n\n", f"{END_OF_TEXT * 3}x "]
+ENDS += [f"{END_OF_TEXT}\n a  {END_OF_TEXT}  b \n{END_OF_TEXT}", f"a x {END_OF_TEXT} x ", f"a'{END_OF_TEXT}'s"]
+
+
+@pytest.mark.filterwarnings("ignore:.*no pair is left")
+@pytest.mark.parametrize("text", ENDS)
+def test_special_tokens_at_the_ends_of_a_file_and_next_to_space(text, tokenizer, hugging_face, tmp_path, monkeypatch):
+    path = tmp_path / "x.txt"
+    path.write_text(text, encoding="utf-8", newline="")
+    made = tokenizer.encode_file(path, tmp_path / "x")
+    assert made.tokens().tolist() == tokenizer.encode(text) == hugging_face.encode(text).ids
+    for block_size in (1, 5, 100):
+        found = train_in_pieces(monkeypatch, path, 280, SPECIAL, 2, block_size)
+        assert found == train_bpe_naive(text, 280, SPECIAL)
 
 
 def test_streaming_takes_what_it_needs_and_no_more(tokenizer):
@@ -625,6 +642,32 @@ def test_full_disk_leaves_nothing_half_written(tmp_path, limit):
     assert sorted(p.name for p in tmp_path.iterdir()) in (["x.txt"], ["x.bin", "x.txt"])
     with pytest.raises(InputError):
         TokenFile.load(tmp_path / "x.bin")
+
+
+def start_tokenizing(folder):
+    command = [sys.executable, "-m", "tinylm.cli", "tokenize", "--corpus", "corpus.txt", "--vocab_size", "400"]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process here")
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_an_interrupted_command_leaves_nothing_half_written(tmp_path, signum, code):
+    (tmp_path / "corpus.txt").write_text((CORPUS + END_OF_TEXT) * 30_000, encoding="utf-8")
+    folder = tmp_path / "data" / "corpus" / "vocab-400"
+    process = start_tokenizing(tmp_path)
+    while process.poll() is None and not list(folder.glob(".train.bin*")):  # until it encodes
+        time.sleep(0.001)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and "bytes per token" not in out, err
+    left = {path.name for path in folder.iterdir()} - {"tokenizer.json"}
+    assert not left or signum == signal.SIGKILL and all(name.startswith(".train.bin") for name in left)
+    if signum != signal.SIGKILL:
+        return  # after a kill, that is, in the worst case, it can be made all the same
+    again = start_tokenizing(tmp_path)
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0 and "bytes per token" in out and "peak memory" in out, err
+    TokenFile.load(folder / "train.bin").check(Tokenizer.load(folder))
 
 
 def test_import_leaves_torch_alone():
