@@ -5,6 +5,9 @@ import torch
 from tinylm.data import InputError
 from tinylm.generate import (
     KVCache,
+    _can_compile,
+    _OneToken,
+    _Reader,
     generate,
     keep_top_k,
     keep_top_p,
@@ -16,6 +19,7 @@ from tinylm.generate import (
     temper,
     window_start,
 )
+from tinylm.layers import RMSNorm
 from tinylm.model import ModelConfig, TransformerLM
 from tinylm.tokenizer import Tokenizer
 
@@ -102,9 +106,8 @@ def test_continuing_equals_writing_at_once():
 
 
 def test_stream_is_lazy_and_equals_generate(monkeypatch):
-    model, calls = model_of(), []
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    model, calls, logits = model_of(), [], _Reader.logits
+    monkeypatch.setattr(_Reader, "logits", lambda *a: calls.append(1) or logits(*a))
     ids = stream(model, [1, 2, 3], 20, seed=1)
     first = [next(ids), next(ids)]
     assert len(calls) == 2
@@ -112,7 +115,7 @@ def test_stream_is_lazy_and_equals_generate(monkeypatch):
 
 
 def test_each_token_is_read_once(monkeypatch):
-    model, widths = model_of(), []
+    model, widths = model_of().double(), []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda ids, *a, **k: widths.append(ids.shape[1]) or forward(ids, *a, **k))
     generate(model, [1, 2, 3], 13)
@@ -120,6 +123,48 @@ def test_each_token_is_read_once(monkeypatch):
     widths.clear()
     generate(model, [1] * 16, 3)  # the window slides after 16: 9 tokens are read again, then one by one
     assert widths == [16, 9, 1]
+
+
+def test_compiled_code_reads_single_tokens_only(monkeypatch):
+    model, widths, single = model_of(), [], []
+    forward, logits = model.forward, _OneToken.logits
+    monkeypatch.setattr(model, "forward", lambda ids, *a, **k: widths.append(ids.shape[1]) or forward(ids, *a, **k))
+    monkeypatch.setattr(_OneToken, "logits", lambda *a: single.append(1) or logits(*a))
+    generate(model, [1] * 16, 8)  # 16 tokens, then 9 again as the window slides, then one by one
+    assert widths == [16, 9] and len(single) == 6
+    generate(model, [[1], [2]], 5)
+    assert widths == [16, 9] + [1] * 5 and len(single) == 6
+
+
+def test_compiled_logits_equal_full_forward_through_shared_memory():
+    model = model_of(context_length=40, d_model=48, num_heads=3, d_ff=50)
+    for norm in (module for module in model.modules() if isinstance(module, RMSNorm)):
+        norm.eps = 0.1
+    ids = torch.randint(300, (1, 40), generator=torch.Generator().manual_seed(1))
+    caches = [KVCache(40) for _ in model.layers]
+    with torch.inference_mode():
+        model(ids[:, :7], caches=caches)
+    one = _OneToken(model, caches)
+    with torch.no_grad():
+        model.layers[0].ffn.w2.weight *= 2  # shared, so it must be seen
+        caches[0].clear(), caches[1].clear()
+        steps = torch.cat([one.logits(int(ids[0, t]), t) for t in range(40)])
+        torch.testing.assert_close(steps, model(ids)[0], atol=1e-5, rtol=1e-5)
+    assert [cache.length for cache in caches] == [40, 40]
+
+
+def test_a_part_of_somebody_else_is_never_passed_over():
+    class MyNorm(RMSNorm):
+        "Looks alike and computes something else."
+
+    model = model_of()
+    assert _can_compile(model)
+    model.layers[1].ln1 = MyNorm(32)
+    assert not _can_compile(model)
+    model = model_of()
+    model.layers[1].ln1.eps = 0.1  # the compiled code knows one epsilon
+    assert not _can_compile(model)
+    assert not _can_compile(model_of().bfloat16()) and not _can_compile(model_of(norm="post"))
 
 
 def test_inference_mode_does_not_leak_to_the_reader_of_a_stream():

@@ -6,18 +6,21 @@
 __all__ = ['start_ids', 'pick_id', 'temper', 'keep_top_k', 'keep_top_p', 'next_token_probs', 'KVCache', 'window_start',
            'generate', 'stream', 'stream_text']
 
-# %% ../nbs/07_generate.ipynb #d9467dfe
+# %% ../nbs/07_generate.ipynb #28b0fcf9
 import codecs
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
+import numba
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .data import END_OF_TEXT, InputError
-from .layers import softmax
-from .model import TransformerLM
+from .layers import Embedding, Linear, RMSNorm, SwiGLU, softmax
+from .model import MultiHeadSelfAttention, TransformerBlock, TransformerLM
+from .rope import RotaryPositionalEmbedding
 from .tokenizer import Tokenizer
 
 # %% ../nbs/07_generate.ipynb #2809cead
@@ -59,7 +62,7 @@ def keep_top_k(
     kept = torch.zeros_like(probs).scatter(-1, best.indices, best.values)
     return kept / kept.sum(-1, keepdim=True)
 
-# %% ../nbs/07_generate.ipynb #12902202
+# %% ../nbs/07_generate.ipynb #6dfcc9be
 def keep_top_p(
     probs: Tensor,  # (B, V) probabilities
     p: float,  # in (0, 1]: the probability mass to keep; 1 keeps everything
@@ -67,7 +70,8 @@ def keep_top_p(
     "Keep the smallest set of most probable tokens that holds at least `p` of the probability."
     if p == 1:
         return probs
-    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+    candidates = int((probs >= (1 - p) / probs.shape[-1]).sum(-1).max())
+    ranked, order = probs.topk(max(1, candidates), dim=-1)
     above = ranked.cumsum(-1) - ranked
     kept = torch.zeros_like(probs).scatter(-1, order, ranked * (above < p))
     return kept / kept.sum(-1, keepdim=True)
@@ -89,7 +93,7 @@ def next_token_probs(
         probs = keep_top_k(probs, top_k)
     return probs if top_p is None else keep_top_p(probs, top_p)
 
-# %% ../nbs/07_generate.ipynb #9ca7dc13
+# %% ../nbs/07_generate.ipynb #4907991c
 class KVCache:
     """Remember the keys and values of one attention layer, in memory allocated once.
 
@@ -122,6 +126,14 @@ class KVCache:
         "Forget all positions; the memory stays."
         self.length = 0
 
+    def memory(
+        self,
+        row: int,  # which text of the batch
+    ) -> tuple[Tensor, Tensor]:  # (H, capacity, K) its keys and its values, used or not, as views
+        "Give the memory itself, which must have been allocated by `append`."
+        assert self._keys is not None and self._values is not None
+        return self._keys[row], self._values[row]
+
 # %% ../nbs/07_generate.ipynb #60973495
 def window_start(
     length: int,  # tokens of text so far
@@ -131,7 +143,118 @@ def window_start(
     stride = context_length - context_length // 2
     return max(0, math.ceil((length - context_length) / stride)) * stride
 
-# %% ../nbs/07_generate.ipynb #077b6953
+# %% ../nbs/07_generate.ipynb #58bb696e
+def _compiled(function: Callable) -> Callable:
+    "Compile at the first call, and keep the code on disk where some folder can be written."
+    options: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "nogil": True}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache is writable
+        return numba.njit(**options)(function)
+
+# %% ../nbs/07_generate.ipynb #1904282d
+@_compiled
+def _product(weight, x):
+    "Multiply a matrix (O, I) with a vector (I)."
+    out = np.empty(weight.shape[0], np.float32)
+    for o in range(weight.shape[0]):
+        total = np.float32(0)
+        for i in range(weight.shape[1]):
+            total += weight[o, i] * x[i]
+        out[o] = total
+    return out
+
+# %% ../nbs/07_generate.ipynb #0e53c0a4
+@_compiled
+def _rms_norm(x, gain, eps):
+    "Scale a vector (D) to a root mean square of one, then by its gains."
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += x[i] * x[i]
+    return x * gain * np.float32(1 / math.sqrt(total / len(x) + eps))
+
+# %% ../nbs/07_generate.ipynb #210fb671
+@_compiled
+def _turn(x, cos, sin):
+    "Turn the pairs of a query or key (D), all heads of it, by the angles (K/2) of its position; in place."
+    for i in range(len(x) // 2):
+        c, s = cos[i % len(cos)], sin[i % len(cos)]
+        even, odd = x[2 * i], x[2 * i + 1]
+        x[2 * i], x[2 * i + 1] = even * c - odd * s, even * s + odd * c
+
+# %% ../nbs/07_generate.ipynb #3b4e4f67
+@_compiled
+def _attend(q, keys, values, length):
+    "Attend from one query (D) to the first `length` keys and values of the cache (H, capacity, K)."
+    num_heads, _, size = keys.shape
+    out, weight = np.zeros(num_heads * size, np.float32), np.empty(length, np.float32)
+    for h in range(num_heads):
+        mine = out[h * size:(h + 1) * size]
+        for t in range(length):
+            total = np.float32(0)
+            for i in range(size):
+                total += q[h * size + i] * keys[h, t, i]
+            weight[t] = total / np.float32(math.sqrt(size))
+        weight[:] = np.exp(weight - weight.max())
+        for t in range(length):
+            for i in range(size):
+                mine[i] += weight[t] * values[h, t, i]
+        mine /= weight.sum()
+    return out
+
+# %% ../nbs/07_generate.ipynb #28156d2a
+@_compiled
+def _layer(x, position, eps, ln1, wq, wk, wv, wo, ln2, w1, w2, w3, cos, sin, keys, values):
+    "Update the residual stream (D) of the token at `position`; its key and value go into the cache."
+    y = _rms_norm(x, ln1, eps)
+    q, k, v = _product(wq, y), _product(wk, y), _product(wv, y)
+    _turn(q, cos[position], sin[position])
+    _turn(k, cos[position], sin[position])
+    keys[:, position], values[:, position] = k.reshape(len(keys), -1), v.reshape(len(keys), -1)
+    x = x + _product(wo, _attend(q, keys, values, position + 1))
+    y = _rms_norm(x, ln2, eps)
+    hidden, up = _product(w1, y), _product(w3, y)
+    for i in range(len(hidden)):
+        hidden[i] *= up[i] / (1 + math.exp(-hidden[i]))
+    return x + _product(w2, hidden)
+
+# %% ../nbs/07_generate.ipynb #98e0df5c
+_PARTS = {TransformerLM, Embedding, nn.ModuleList, TransformerBlock, MultiHeadSelfAttention, Linear, RMSNorm, SwiGLU,
+          RotaryPositionalEmbedding}
+
+
+def _can_compile(model: TransformerLM) -> bool:
+    "Whether the compiled path computes what this model does."
+    kinds = {(p.device.type, p.dtype) for p in model.parameters()}
+    parts = {type(module) for module in model.modules()}
+    eps = {module.eps for module in model.modules() if isinstance(module, RMSNorm)}
+    return kinds == {("cpu", torch.float32)} and parts == _PARTS and model.config.norm == "pre" and len(eps) == 1
+
+# %% ../nbs/07_generate.ipynb #d35963e1
+class _OneToken:
+    "Read one token at a time of one text, with compiled code, through the memory of model and caches."
+
+    def __init__(self, model: TransformerLM, caches: Sequence[KVCache]):
+        self.caches, self.layers = caches, []
+        for layer, cache in zip(cast("Iterable[Any]", model.layers), caches, strict=True):
+            attn, ffn = layer.attn, layer.ffn
+            matrices = (attn.q_proj, attn.k_proj, attn.v_proj, attn.output_proj)
+            parts = [layer.ln1, *matrices, layer.ln2, ffn.w1, ffn.w2, ffn.w3]
+            tensors = [*(part.weight for part in parts), attn.rope.cos, attn.rope.sin, *cache.memory(0)]
+            self.layers.append([tensor.detach().numpy() for tensor in tensors])
+        ends = model.token_embeddings, model.ln_final, model.lm_head
+        self.embeddings, self.gain, self.head = (cast(Tensor, end.weight).detach().numpy() for end in ends)
+        self.eps = cast(RMSNorm, model.ln_final).eps
+
+    def logits(self, token_id: int, position: int) -> Tensor:
+        "Return the scores (1, V) of the token after this one."
+        x = self.embeddings[token_id]
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            x = _layer(x, position, self.eps, *layer)
+            cache.length += 1
+        return torch.from_numpy(_product(self.head, _rms_norm(x, self.gain, self.eps)))[None]
+
+# %% ../nbs/07_generate.ipynb #01e88339
 class _Reader:
     "Read rows of equal length, each token once, and give the logits of what follows."
 
@@ -140,6 +263,7 @@ class _Reader:
         self.caches = [KVCache(self.context) for _ in model.layers]
         self.device = next(model.parameters()).device
         self.start = self.read = 0  # the window's first token, and the first token not read yet
+        self.one: _OneToken | None = None  # made when the caches have their memory
 
     @torch.inference_mode()
     def logits(self, rows: list[list[int]], n: int) -> Tensor:
@@ -149,10 +273,15 @@ class _Reader:
             for cache in self.caches:
                 cache.clear()
             self.start = self.read = start
-        ids = torch.tensor([row[self.read:n] for row in rows], device=self.device)
-        positions = torch.arange(self.read - start, n - start, device=self.device)
-        self.read = n
-        return self.model(ids, token_positions=positions, caches=self.caches)[:, -1].float().cpu()
+        first, self.read = self.read, n
+        if self.one is not None and n - first == 1:
+            return self.one.logits(rows[0][first], first - start)
+        ids = torch.tensor([row[first:n] for row in rows], device=self.device)
+        positions = torch.arange(first - start, n - start, device=self.device)
+        logits = self.model(ids, token_positions=positions, caches=self.caches)[:, -1].float().cpu()
+        if len(rows) == 1 and self.one is None and _can_compile(self.model):
+            self.one = _OneToken(self.model, self.caches)
+        return logits
 
 # %% ../nbs/07_generate.ipynb #70e61dd0
 def _check_choice(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
