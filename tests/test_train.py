@@ -1,35 +1,24 @@
-"""Faults that training must survive: killed processes, damaged checkpoints, data that do not belong together."""
+"""Training: the same run every time, its options, mistakes of the user, and learning. See also test_faults.py."""
 import json
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.testing import assert_close
 
 from tinylm.data import END_OF_TEXT, InputError, fables
 from tinylm.model import TransformerLM
-from tinylm.optim import AdamW
 from tinylm.train import (
     PRESETS,
-    Stopped,
     TrainConfig,
     evaluate,
     fables_floor,
-    load_checkpoint,
-    load_run,
     prepare,
     record_run,
     resume,
-    save_checkpoint,
     train,
 )
 
@@ -50,10 +39,8 @@ def write_fables(path, num_stories, seed):
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    "A tiny config whose data are prepared."
-    folder = tmp_path_factory.mktemp("data")
+def tiny_config(folder):
+    "A tiny config whose data are prepared in a folder."
     config = TrainConfig(
         vocab_size=400, context_length=32, d_model=16, num_layers=1, num_heads=2, d_ff=32,
         corpus=write_fables(folder / "train.txt", 300, 0), val_corpus=write_fables(folder / "valid.txt", 20, 1),
@@ -62,6 +49,11 @@ def base(tmp_path_factory):
     )
     prepare(config)
     return config
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_config(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
@@ -94,86 +86,6 @@ def tell(model, tokenizer, step):
 # --- exact resume
 
 
-PROGRAM = """
-import sys, json, torch
-torch.set_num_threads(1)
-from tinylm.train import TrainConfig, train, resume
-from test_train import tell
-config = TrainConfig(**json.loads(sys.argv[1]))
-resume(config.run_dir, tell) if sys.argv[2] == "resume" else train(config, tell)
-"""
-
-
-def start(config, how):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(asdict(config)), how]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
-
-
-def wait_for_step(process, run, step):
-    "Wait until the log has reached a step."
-    log = Path(run) / "metrics.jsonl"
-    while process.poll() is None:
-        if log.exists() and any(json.loads(line)["step"] >= step for line in whole_lines(log)):
-            return
-        time.sleep(0.001)
-    raise AssertionError(process.stderr.read().decode())
-
-
-def whole_lines(path):
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-
-
-def test_killed_at_random_moments_equals_never_stopped(config, tmp_path):
-    config = replace(config, cosine_cycle_iters=240, checkpoint_every=25)
-    straight = train(replace(config, run_dir=str(tmp_path / "straight")), tell)
-    dice = random.Random(0)
-    for how, low, high in [("train", 10, 100), ("resume", 110, 200)]:
-        with start(config, how) as process:
-            wait_for_step(process, config.run_dir, dice.randint(low, high))
-            time.sleep(dice.random() * 0.02)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        assert metrics_end(config.run_dir) < 240, "killed too late to test anything"
-    resume(config.run_dir, tell)
-    assert result(config.run_dir) == result(straight)
-    assert not list((Path(config.run_dir) / "checkpoints").glob(".*")), "temporary folders stayed"
-
-
-def metrics_end(run):
-    return json.loads(whole_lines(Path(run) / "metrics.jsonl")[-1])["step"]
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_stops(config, tmp_path, number, code):
-    "Whatever the step, it is finished and saved, and going on gives the run that was never stopped."
-    straight = train(replace(config, run_dir=str(tmp_path / "straight")), tell)
-
-    def interrupt(model, tokenizer, step):
-        if step == 20:
-            signal.raise_signal(number)
-        return tell(model, tokenizer, step)
-
-    with pytest.raises(Stopped, match="--resume") as stopped:
-        train(config, interrupt)
-    assert stopped.value.exit_code == code
-    assert checkpoints(config.run_dir)[-1].name == "step-00000020"
-    resume(config.run_dir, tell)
-    assert result(config.run_dir) == result(straight)
-
-
-def test_killed_before_the_first_checkpoint_starts_again(config, tmp_path):
-    def fail(model, tokenizer, step):
-        raise RuntimeError("power cut")
-
-    early = replace(config, checkpoint_every=50)
-    straight = train(replace(early, run_dir=str(tmp_path / "straight")), tell)
-    with pytest.raises(RuntimeError, match="power cut"):
-        train(early, fail)
-    resume(config.run_dir, tell)
-    assert result(config.run_dir) == result(straight)
-
-
 def test_a_finished_run_can_be_resumed_and_extended(config):
     run = train(replace(config, max_steps=30), tell)
     before = result(run)
@@ -188,102 +100,6 @@ def test_same_seed_same_run_and_another_seed_another(config, tmp_path):
     runs = [train(replace(config, seed=seed, run_dir=str(tmp_path / name))) for name, seed in seeds.items()]
     assert result(runs[0]) == result(runs[1])
     assert result(runs[0])[4] != result(runs[2])[4]
-
-
-# --- damaged checkpoints
-
-
-def cut_in_half(path):
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit, os.remove])
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config, capsys, name, damage):
-    run = train(config, tell)
-    whole = result(run)
-    damage(checkpoints(run)[-1] / name)
-    load_run(run)
-    said = capsys.readouterr().err
-    assert f"step-00000060/{name}" in said and "before it" in said
-    resume(run, tell)
-    assert result(run) == whole
-
-
-def test_every_flipped_bit_of_the_state_is_noticed(config, tmp_path):
-    "The numbers in state.json have a checksum too: 7 steps must not become 3."
-    model = TransformerLM(config)
-    optimizer = AdamW(model.parameters())
-    save_checkpoint(model, optimizer, 7, tmp_path / "c")
-    path = tmp_path / "c" / "state.json"
-    path.write_text(path.read_text(encoding="utf-8").replace('"iteration": 7', '"iteration": 3'), encoding="utf-8")
-    with pytest.raises(InputError, match="state.json"):
-        load_checkpoint(tmp_path / "c", model, optimizer)
-
-
-def test_all_checkpoints_damaged_is_said(config):
-    run = train(config)
-    for folder in checkpoints(run):
-        flip_a_bit(folder / "model.safetensors")
-    with pytest.raises(InputError, match="none of its 3 checkpoints"):
-        resume(run)
-
-
-def test_nothing_half_written_stays(config, tmp_path, monkeypatch):
-    "A disk that fills up while a checkpoint is written: the old one is untouched, nothing temporary stays."
-    model = TransformerLM(config)
-    optimizer = AdamW(model.parameters())
-    save_checkpoint(model, optimizer, 1, tmp_path / "checkpoints" / "step-00000001")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    for name in ("step-00000001", "step-00000002"):
-        with pytest.raises(InputError, match="No space left"):
-            save_checkpoint(model, optimizer, 2, tmp_path / "checkpoints" / name)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-def test_a_checkpoint_of_another_shape_is_refused(config, tmp_path):
-    model = TransformerLM(config)
-    save_checkpoint(model, AdamW(model.parameters()), 1, tmp_path / "c")
-    wider = TransformerLM(replace(config, d_ff=64))
-    with pytest.raises(InputError, match=r"layers\.0\.ffn\.w1\.weight is \(32, 16\) there and \(64, 16\)"):
-        load_checkpoint(tmp_path / "c", wider)
-
-
-def test_a_checkpoint_holds_any_optimizer(config, tmp_path):
-    model = TransformerLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    sum(p.square().sum() for p in model.parameters()).backward()
-    optimizer.step()
-    save_checkpoint(model, optimizer, 1, tmp_path / "c")
-    other = TransformerLM(config, seed=1)
-    loaded = torch.optim.AdamW(other.parameters())
-    assert load_checkpoint(tmp_path / "c", other, loaded) == 1
-    saved, wanted = loaded.state_dict(), optimizer.state_dict()
-    for i, entry in wanted["state"].items():
-        assert_close(saved["state"][i], entry, atol=0, rtol=0)
-    assert saved["param_groups"] == json.loads(json.dumps(wanted["param_groups"]))
-
-
-def test_files_have_the_modes_of_the_umask(config, tmp_path):
-    old = os.umask(0o027)
-    try:
-        model = TransformerLM(config)
-        save_checkpoint(model, AdamW(model.parameters()), 1, tmp_path / "c")
-    finally:
-        os.umask(old)
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "c").iterdir()} == {0o640}
-    assert (tmp_path / "c").stat().st_mode & 0o777 == 0o750
 
 
 # --- mistakes of the user: one clear line, nothing half-written
