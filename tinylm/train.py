@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'get_batch', 'evaluate', 'evaluate_stories', 'fables_floor
            'train_step', 'save_checkpoint', 'load_checkpoint', 'Stopped', 'train', 'resume', 'load_run', 'plot_run',
            'plot_watch', 'record_run']
 
-# %% ../nbs/05_train.ipynb #ccb0f76d
+# %% ../nbs/05_train.ipynb #8f3c357b
 import errno
 import hashlib
 import importlib.util
@@ -42,7 +42,8 @@ from .model import ModelConfig, TransformerLM
 from .optim import AdamW, clip_grad_norm, cosine_lr, cross_entropy
 from .tokenizer import TokenFile, Tokenizer, file_sha256, train_bpe
 
-if sys.platform == "win32":
+# %% ../nbs/05_train.ipynb #b249e895
+if sys.platform == "win32":  # each system locks files in its own way
     import msvcrt
 else:
     import fcntl
@@ -1103,7 +1104,7 @@ def _show(bar: tqdm, config: TrainConfig, log: _Log) -> None:
     bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
     bar.update()
 
-# %% ../nbs/05_train.ipynb #9ceb67de
+# %% ../nbs/05_train.ipynb #db5224a0
 def _tracker(config: TrainConfig, run_dir: Path, step: int) -> _Track:
     """Open the tracker; what it had heard of later steps, from before a crash, is dropped."""
     if config.tracker == "none":
@@ -1133,7 +1134,7 @@ def _flat(row: _Row) -> dict[str, float]:
     return {name: value for name, value in pairs if isinstance(value, (int, float)) and name != "step"}
 
 
-_KINDS = {"activations": "root mean square", "gradients": "L2 norm", "updates": "L2 norm, relative to the weights"}
+_KINDS = {"activations": "root mean square", "gradients": "L2 norm", "updates": "L2 norm / that of the weights"}
 
 # %% ../nbs/05_train.ipynb #d0173280
 def _report(run_dir: Path) -> None:
@@ -1194,7 +1195,7 @@ def plot_run(
         axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "2357" else "")
     return figure
 
-# %% ../nbs/05_train.ipynb #ee06dc78
+# %% ../nbs/05_train.ipynb #fd3a5849
 def plot_watch(
     source: str | Path,  # the folder of a run with watch=True, or a record of one
 ) -> Any:  # a matplotlib Figure
@@ -1212,7 +1213,10 @@ def plot_watch(
             points = [(row["step"], float(row[kind][part])) for row in rows if part in row[kind]]
             axis.plot(*zip(*points, strict=True), color=plt.cm.viridis(0.9 * i / len(parts)), label=part, lw=1.1)
         axis.set(xlabel="step", title=kind, ylabel=unit, yscale="log")
-    figure.legend(*axes[0].get_legend_handles_labels(), ncols=5, loc="outside lower center", title=name)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_formatter(lambda value, _: "")
+    figure.suptitle(name)
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=5, loc="outside lower center")
     return figure
 
 # %% ../nbs/05_train.ipynb #0f93dd73
