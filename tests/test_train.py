@@ -1,6 +1,7 @@
 """Training: the same run every time, its options, mistakes of the user, and learning. See also test_faults.py."""
 import json
 import os
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from tinylm.train import (
     TrainConfig,
     evaluate,
     fables_floor,
+    load_run,
     prepare,
     record_run,
     resume,
@@ -100,6 +102,77 @@ def test_same_seed_same_run_and_another_seed_another(config, tmp_path):
     runs = [train(replace(config, seed=seed, run_dir=str(tmp_path / name))) for name, seed in seeds.items()]
     assert result(runs[0]) == result(runs[1])
     assert result(runs[0])[4] != result(runs[2])[4]
+
+
+# --- options
+
+
+def test_no_global_random_number_is_drawn_or_needed(config, tmp_path):
+    "Whatever others do with the global generators, the run is the same, and it leaves them alone."
+    def disturb(model, tokenizer, step):
+        random.random(), np.random.rand(), torch.rand(1)
+
+    def states():
+        return random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
+
+    before = states()
+    quiet = train(replace(config, max_steps=30), lambda *args: None)
+    assert states() == before
+    torch.manual_seed(77)
+    loud = train(replace(config, max_steps=30, run_dir=str(tmp_path / "loud")), disturb)
+    assert result(quiet) == result(loud)
+
+
+def test_pieces_give_the_losses_of_the_whole_batch(config, tmp_path):
+    configs = [replace(config, grad_accum_steps=n, run_dir=str(tmp_path / str(n))) for n in (1, 2, 4)]
+    runs = [train(config) for config in configs]
+    whole, *others = ([row["train_loss"] for row in metrics(run)[1:]] for run in runs)
+    for losses in others:
+        np.testing.assert_allclose(losses, whole, rtol=1e-4)
+
+
+def test_when_the_time_is_over_the_run_stops_and_goes_on(config, tmp_path, capsys):
+    straight = train(replace(config, run_dir=str(tmp_path / "straight")), tell)
+    run = train(replace(config, max_minutes=1e-9), tell)
+    assert "minutes are over at step 1; go on with --resume" in capsys.readouterr().err
+    assert [folder.name for folder in checkpoints(run)] == ["step-00000001"]
+    resume(run, tell, changes={"max_minutes": None})
+    assert result(run) == result(straight)
+
+
+def test_bfloat16_learns_and_keeps_its_weights_in_32_bits(config, tmp_path):
+    runs = [train(replace(config, dtype=dtype, run_dir=str(tmp_path / dtype))) for dtype in ("float32", "bfloat16")]
+    ends = [metrics(run)[-1]["val_loss"] for run in runs]
+    assert ends[0] != ends[1] and abs(ends[0] - ends[1]) < 0.1
+    assert {p.dtype for p in load_run(runs[1])[0].parameters()} == {torch.float32}
+
+
+def test_tensorboard_shows_what_the_log_holds(config):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train(replace(config, tracker="tensorboard", watch=True, max_steps=18))
+    resume(run, max_steps=30)
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    rows = [row for row in metrics(run) if row["train_loss"] is not None]
+    assert [event.step for event in events.Scalars("train_loss")] == [row["step"] for row in rows]
+    np.testing.assert_allclose([event.value for event in events.Scalars("train_loss")],
+                               [row["train_loss"] for row in rows], rtol=1e-6)
+    assert "gradients/layers.0" in events.Tags()["scalars"]
+
+
+def test_a_tracker_that_is_not_installed(config, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install wandb"):
+        train(replace(config, tracker="wandb"))
+    assert not Path(config.run_dir).exists()
+
+
+def test_no_compiler(config, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match="C\\+\\+ compiler"):
+        train(replace(config, compile=True))
+    assert not Path(config.run_dir).exists()
 
 
 # --- mistakes of the user: one clear line, nothing half-written
