@@ -65,7 +65,7 @@ def start():
         return children[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent) + os.pathsep + os.environ.get("PYTHONPATH", ""))
         context.set_forkserver_preload(["test_faults", "warm"])
         yield start
     for child in children:
