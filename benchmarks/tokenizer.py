@@ -1,9 +1,10 @@
 """Time BPE training and encoding beside other tokenizers, in one run on the same cores; print Markdown tables.
 
 Each figure comes from a fresh process, so that peak memory is that of one task. What a tool does once, at its first
-call (importing, compiling, starting threads), is done on a small text beforehand and reported apart. tinylm writes its
-ids to a token file, SHA-256 and flushing to the disk included; the others keep theirs in memory. A tool that takes
-more than --limit-s seconds or --limit-gb of memory is stopped, and its row says so.
+call (importing, compiling, starting threads), is done on a small text beforehand and reported apart. Encoding is
+measured twice: until the ids are in memory, and until they are in a file of 16-bit numbers, flushed to the disk. (For
+tinylm that is `Tokenizer.encode_file`, which also takes the SHA-256 of the text.) A tool that takes more than --limit-s
+seconds or --limit-gb of memory is stopped, and its row says so.
 
 Peers are optional; a tool that is not installed is named as such:
 
@@ -91,19 +92,27 @@ def train_bpeasy(path, vocab_size, num_workers):
     return 1 + len(bpeasy.train_bpe(iter(documents(path)), PATTERN, 1 << 20, vocab_size - 1))
 
 
-# --- encoding: each function loads a tokenizer.json; it returns how to encode a file, and how to get all ids but END's
+# --- encoding: each function loads a tokenizer.json; it returns how to encode a file in memory, how to get all ids but
+# END's from that, and how to encode a file into a file, where there is a way of its own
 
 
 def encode_tinylm(folder, num_workers):
+    import numpy as np
+
     from tinylm.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(folder)
     end_id = tokenizer.special_tokens[END]
 
     def encode(path):
-        return tokenizer.encode_file(path, Path(folder) / "encoded.bin", num_workers=num_workers)
+        with open(path, "rb") as stream:
+            chunks = iter(lambda: stream.read(1 << 20), b"")
+            return list(tokenizer._encoder.encode_chunks(chunks, num_workers=num_workers, dtype=np.dtype("<u2")))
 
-    return encode, lambda file: (ids := file.tokens())[ids != end_id]
+    def to_file(path):
+        tokenizer.encode_file(path, Path(folder) / "encoded.bin", num_workers=num_workers)
+
+    return encode, lambda arrays: (ids := np.concatenate(arrays))[ids != end_id], to_file
 
 
 def encode_gigatoken(folder, num_workers):
@@ -115,7 +124,7 @@ def encode_gigatoken(folder, num_workers):
     def encode(path):
         return tokenizer.encode_files(gigatoken.TextFileSource([path], separator=END))
 
-    return encode, lambda rows: awkward.to_numpy(awkward.flatten(rows))
+    return encode, lambda rows: awkward.to_numpy(awkward.flatten(rows)), None
 
 
 def encode_tiktoken(folder, num_workers):
@@ -130,7 +139,7 @@ def encode_tiktoken(folder, num_workers):
     def encode(path):
         return encoding.encode_ordinary_batch(documents(path), num_threads=num_workers)
 
-    return encode, lambda rows: np.concatenate([np.array(row, np.int64) for row in rows])
+    return encode, lambda rows: np.concatenate([np.array(row, np.uint16) for row in rows]), None
 
 
 def encode_tokenizers(folder, num_workers):
@@ -142,7 +151,7 @@ def encode_tokenizers(folder, num_workers):
     def encode(path):
         return tokenizer.encode_batch_fast(documents(path))
 
-    return encode, lambda rows: np.concatenate([np.array(row.ids, np.int64) for row in rows])
+    return encode, lambda rows: np.concatenate([np.array(row.ids, np.uint16) for row in rows]), None
 
 
 TRAIN = {"tinylm": train_tinylm, "gigabpe": train_gigabpe, "gigatoken": train_gigatoken, "rustbpe": train_rustbpe,
@@ -163,7 +172,7 @@ def measure_one(job):
         if job["task"] == "train":
             TRAIN[job["tool"]](small, 4000, job["threads"])
         else:
-            encode, flat = ENCODE[job["tool"]](job["tokenizer"], job["threads"])
+            encode, flat, to_file = ENCODE[job["tool"]](job["tokenizer"], job["threads"])
             encode(small)
     if job["task"] == "train":
         with timed(result, "seconds"):
@@ -172,13 +181,23 @@ def measure_one(job):
     elif job["task"] == "encode":
         with timed(result, "seconds"):
             ids = encode(job["path"])
-        result["peak"] = peak_memory()
         digest = flat(ids).astype("<u4")
         result |= {"tokens": len(digest), "digest": hashlib.sha256(digest.tobytes()).hexdigest()[:12]}
-        del ids, digest
-        with timed(result, "again"):
-            encode(job["path"])
+    elif job["task"] == "to file":
+        with timed(result, "seconds"):
+            if to_file:
+                to_file(job["path"])
+            else:
+                write_ids(flat(encode(job["path"])), Path(job["tokenizer"]) / "encoded.bin")
+        result["peak"] = peak_memory()
     print(json.dumps(result))
+
+
+def write_ids(ids, path):
+    with open(path, "wb") as file:
+        file.write(ids.astype("<u2"))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -245,14 +264,19 @@ def run_once(job, **env):
 
 
 def run(job, repeat):
-    "The best of a few fresh processes."
+    "The best of a few fresh processes; encoding is measured in memory and to a file."
     results = []
     for _ in range(repeat):
         result = run_once(job)
+        if job["task"] == "encode" and isinstance(result, dict):
+            to_file = run_once({**job, "task": "to file"})
+            if isinstance(to_file, str):
+                return to_file
+            result |= {"file_seconds": to_file["seconds"], "peak": to_file["peak"]}
         if isinstance(result, str):
             return result
         results.append(result)
-    return min(results, key=lambda result: result["seconds"])
+    return {name: min(result[name] for result in results) for name in results[0]}
 
 
 # --- corpora
@@ -326,14 +350,25 @@ def make_tokenizer(path, vocab_size, folder):
 
 
 def row(tool, result, size, ours):
-    "A line of a table; `ours` is tinylm's speed."
+    "A line of a table; `ours` is the result of tinylm and the size of its text."
     if isinstance(result, str):
-        return f"| {tool} | {result} |" + " |" * 5
-    speed = size / result["seconds"] / 1e6
-    again = f"{size / result['again'] / 1e6:,.0f}" if "again" in result else ""
-    ratio = f"{ours / speed:.2f}" if ours else ""
-    cells = [tool, f"{result['seconds']:.2f}", f"{speed:,.1f}", again, ratio, f"{result['peak']:,.0f}"]
-    return f"| {' | '.join(cells)} | {result['first']:.1f} |"
+        return f"| {tool} | {result} |"
+    cells = [tool]
+    for name in ("seconds", "file_seconds"):
+        if name in result:
+            faster = f"{result[name] / size * ours[1] / ours[0][name]:.2f}" if ours else ""
+            cells += [f"{result[name]:.2f}", f"{size / result[name] / 1e6:,.1f}", faster]
+    return f"| {' | '.join([*cells, format(result['peak'], ',.0f'), format(result['first'], '.1f')])} |"
+
+
+def head_of(title):
+    "The head of a table."
+    measured = ["s", "MB/s", "tinylm is faster by"]
+    if title.startswith("Encode"):
+        measured = [f"{name}, {where}" for where in ("in memory", "to file") for name in ("s", "MB/s")]
+        measured = [*measured[:2], "tinylm is faster by", *measured[2:], "tinylm is faster by"]
+    names = ["tool", *measured, "peak MB", "first call, s"]
+    return f"| {' | '.join(names)} |\n|---|{'---:|' * (len(names) - 1)}"
 
 
 def show(rows):
@@ -344,13 +379,12 @@ def show(rows):
         if title.startswith(("Compile", "Stream")):
             print(sentence(of_title[0]["bytes"], of_title[0]["result"]))
             continue
-        print("| tool | s | MB/s | again, MB/s | tinylm is faster by | peak MB | first call, s |")
-        print("|---|---:|---:|---:|---:|---:|---:|")
+        print(head_of(title))
         ours, digests = None, {}
         for one in of_title:
             tool, size, result = one["tool"], one["bytes"], one["result"]
             if tool == "tinylm" and isinstance(result, dict):
-                ours = size / result["seconds"] / 1e6
+                ours = result, size
             if "digest" in result:
                 digests.setdefault((size, result["digest"]), []).append(tool)
             print(row(tool, result, size, ours))
