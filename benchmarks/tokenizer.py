@@ -174,6 +174,8 @@ def measure_one(job):
         else:
             encode, flat, to_file = ENCODE[job["tool"]](job["tokenizer"], job["threads"])
             encode(small)
+            if to_file:
+                to_file(small)
     if job["task"] == "train":
         with timed(result, "seconds"):
             result["tokens"] = TRAIN[job["tool"]](job["path"], job["vocab_size"], job["threads"])

@@ -169,10 +169,25 @@ def _first_marked(marks):
     "The number, from 0, of the first byte whose high bit is set."
     return np.int64((((marks & -marks) - _u64(1)) & _ONES) * _ONES >> _u64(56)) - 1
 
-# %% ../nbs/09_kernels.ipynb #697f0bc9
+# %% ../nbs/09_kernels.ipynb #2d810b00
+@_compiled
+def _is_among(data, i, byte):
+    "Whether the byte is one of the 64 from i on."
+    found = _u8(0)
+    for j in range(64):
+        found |= _u8(data[_u64(i) + _u64(j)] == byte)
+    return found != 0
+
 @_compiled
 def _find_byte(data, i, n, wanted):
     "The first place from i on where one of the wanted bytes stands; n if there is none."
+    while i + 64 <= n:
+        found = False
+        for byte in wanted:
+            found |= _is_among(data, i, byte)
+        if found:
+            break
+        i += 64
     while i < n:
         word = _load8(data, i)
         marks = _u64(0)
@@ -592,7 +607,7 @@ def _cut_blocks(chunks: Iterable[bytes], specials: _Specials, size: int) -> Iter
     if length:
         yield _pad(b"".join(pending)), length
 
-# %% ../nbs/09_kernels.ipynb #2800fd04
+# %% ../nbs/09_kernels.ipynb #b32be3f6
 _Result = TypeVar("_Result")
 
 def _in_order(work: Callable[[_Block], _Result], blocks: Iterable[_Block], num_workers: int) -> Iterator[_Result]:
@@ -605,7 +620,7 @@ def _in_order(work: Callable[[_Block], _Result], blocks: Iterable[_Block], num_w
         try:
             for block in blocks:
                 waiting.append(pool.submit(work, block))
-                if len(waiting) > 2 * num_workers:
+                if len(waiting) > 4 * num_workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
