@@ -75,7 +75,8 @@ def test_an_interrupted_search_goes_on_exactly_where_it_was(tiny, tmp_path, stop
               "checkpoint_every", "eval_every", "eval_windows"]
     command = [sys.executable, "-m", "tinylm.cli", "search", "--preset", "debug", *flags(tiny, *fields),
                "--lrs", "0.01,0.02", "--seeds", "0,1", "--jobs", "2", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for(lambda: len(list(tmp_path.glob("runs/*/checkpoints/step-*"))) > 1, process)
     process.send_signal(stop)
     _, said = process.communicate(timeout=60)
@@ -181,13 +182,6 @@ def test_t_quantile_inverts_the_integral_of_the_density():
         wide = np.tan(np.linspace(-np.pi / 2, np.pi / 2, 400_001)[1:-1])
         whole = np.trapezoid((1 + wide**2 / df) ** (-(df + 1) / 2), wide) if df > 1 else np.pi
         assert np.trapezoid(density, x) / whole == pytest.approx(0.95, abs=1e-6)
-
-
-def test_t_quantile_equals_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    for df in range(1, 40):
-        for confidence in (0.5, 0.9, 0.95, 0.99):
-            assert t_quantile(confidence, df) == pytest.approx(stats.t.ppf((1 + confidence) / 2, df), rel=1e-9)
 
 
 def test_one_seed_has_no_interval_and_a_divergence_no_mean():

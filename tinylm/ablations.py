@@ -7,8 +7,8 @@ __all__ = ['ROWS', 'BASE', 'variants', 'Plan', 'Run', 'load_plans', 'run_name', 
            'local_executor', 'run_here', 'run_on_dask', 'Result', 'read_results', 'Search', 'search_result',
            'lr_sensitivity', 't_quantile', 'Difference', 'paired_difference', 'lr_curves', 'best_rates', 'run_stages',
            'stage_results', 'by_group', 'differences', 'results_table', 'plot_search', 'plot_curves', 'plot_forest',
-           'SweepConfig', 'sweep_defaults', 'sweep_plans', 'run_sweep', 'plan_report', 'reference_curves', 'Verdict',
-           'compare_run']
+           'plot_norms', 'SweepConfig', 'sweep_defaults', 'sweep_plans', 'run_sweep', 'plan_report', 'reference_curves',
+           'write_references', 'Verdict', 'compare_run']
 
 # %% ../nbs/06_ablations.ipynb #8457b5cb
 import contextlib
@@ -66,9 +66,9 @@ def variants(
 
 ROWS = ("baseline", "post-norm", "nope", "silu", "no-norm", "no-norm-low-lr")  # the source's table
 
-# %% ../nbs/06_ablations.ipynb #4b5c789a
+# %% ../nbs/06_ablations.ipynb #18c621d1
 BASE = replace(
-    PRESETS["laptop"], vocab_size=1024, context_length=128, d_model=64, num_layers=6, num_heads=4, d_ff=176,
+    PRESETS["laptop"], vocab_size=1024, context_length=128, d_model=64, num_layers=5, num_heads=4, d_ff=176,
     batch_size=16, warmup_iters=100, cosine_cycle_iters=1000, log_every=10, eval_every=100, eval_windows=256,
     checkpoint_every=250,
 )  # fmt: skip
@@ -113,7 +113,7 @@ class Run(NamedTuple):
     variant: str
     config: TrainConfig
 
-# %% ../nbs/06_ablations.ipynb #4225361d
+# %% ../nbs/06_ablations.ipynb #2d9c9500
 def load_plans(
     path: str | Path,  # a JSON file: name of a plan -> its fields; "base" holds what differs from BASE
     **changes: Any,  # fields of every base that this machine sets otherwise, such as data_dir
@@ -123,15 +123,16 @@ def load_plans(
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         plans = {}
         for name, entry in entries.items():
-            base = replace(BASE, **entry.pop("base", {}), **changes)
+            base = replace(BASE, **entry.pop("base", {}) | changes)
             plans[name] = Plan(base, **{key: tuple(value) for key, value in entry.items()})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: cannot be read as plans ({error})") from error
     return plans
 
-# %% ../nbs/06_ablations.ipynb #ab3d3397
+# %% ../nbs/06_ablations.ipynb #94df1ffb
 _NO_EFFECT = {
-    "preset", "corpus", "val_corpus", "data_dir", "run_dir", "resume", "device", "watch", "log_every", "checkpoint_every",
+    "preset", "corpus", "val_corpus", "data_dir", "run_dir", "resume", "device",
+    "watch", "log_every", "checkpoint_every",
 }  # fmt: skip
 
 
@@ -243,7 +244,7 @@ def run_plan(
         raise
     return failures
 
-# %% ../nbs/06_ablations.ipynb #2348dcd5
+# %% ../nbs/06_ablations.ipynb #28074039
 def _missing(configs: Iterable[TrainConfig], folder: Path) -> dict[str, TrainConfig]:
     """Give the runs that have no record yet, by name, each with its place to work."""
     named = {run_name(config): config for config in configs}
@@ -261,6 +262,11 @@ def _keep(folder: Path, name: str, record: dict[str, Any]) -> None:
     step = record["diverged_at_step"]
     tqdm.write(f"{name}: " + (f"diverged at step {step}" if step else f"loss {_final_loss(record):.4f}"))
     shutil.rmtree(folder / "runs" / name, ignore_errors=True)
+
+
+def _final_loss(record: dict[str, Any]) -> float:
+    """Find the last validation loss of a record."""
+    return [row["val_loss"] for row in record["curve"] if row["val_loss"] is not None][-1]
 
 
 def _stop(futures: Iterable[Any]) -> None:
@@ -332,7 +338,7 @@ def run_on_dask(
     with client, client.get_executor() as executor:
         return run_plan(configs, executor, folder)
 
-# %% ../nbs/06_ablations.ipynb #628361cc
+# %% ../nbs/06_ablations.ipynb #cb011ac4
 class Result(NamedTuple):
     """A run of a plan, and what came of it."""
 
@@ -358,11 +364,6 @@ def read_results(
         for run, path in found
         if path.exists()
     ]
-
-
-def _final_loss(record: dict[str, Any]) -> float:
-    """Find the last validation loss of a record."""
-    return [row["val_loss"] for row in record["curve"] if row["val_loss"] is not None][-1]
 
 # %% ../nbs/06_ablations.ipynb #18099c36
 class Search(NamedTuple):
@@ -555,16 +556,16 @@ def _look(variant: str) -> dict[str, Any]:
     color, marker, dashes = _LOOKS[variant]
     return {"color": color, "marker": marker, "ls": dashes}
 
-# %% ../nbs/06_ablations.ipynb #bc1f237d
+# %% ../nbs/06_ablations.ipynb #fa30327b
 def plot_search(
     results: Iterable[Result],  # of a search
     axis: Any,  # a matplotlib Axes
     ceiling: float | None = None,  # losses above it are drawn at the upper edge, hollow
-) -> None:
+) -> Any:  # the axis
     """Draw loss against learning rate, with the regions of divergence."""
     curves = lr_curves(results)
     finite = [loss for curve in curves.values() for losses in curve.values() for loss in losses if math.isfinite(loss)]
-    top = ceiling or max(finite) + 0.08 * (max(finite) - min(finite))
+    top = ceiling or max(finite, default=1) + 0.08 * (max(finite, default=1) - min(finite, default=0))
     for variant, curve in curves.items():
         look, rates = _look(variant), sorted(curve)
         means = [np.mean(curve[lr]) for lr in rates]
@@ -573,9 +574,10 @@ def plot_search(
             _dots(axis, lr, curve[lr], top, look)
         edge = search_result(curve).edge
         if edge:
-            axis.axvspan(edge, max(rates), color=look["color"], alpha=0.12, lw=0)
+            axis.axvspan(edge / 1.15, 1.15 * max(rates), color=look["color"], alpha=0.12, lw=0)
     axis.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats per token)")
     axis.legend()
+    return axis
 
 
 def _dots(axis: Any, lr: float, losses: Sequence[float], top: float, look: dict[str, Any]) -> None:
@@ -587,12 +589,12 @@ def _dots(axis: Any, lr: float, losses: Sequence[float], top: float, look: dict[
             fill = look["color"] if loss <= top else "white"
             axis.plot(lr, min(loss, top), look["marker"], color=look["color"], mfc=fill, ms=5)
 
-# %% ../nbs/06_ablations.ipynb #eabc4f9a
+# %% ../nbs/06_ablations.ipynb #793e3335
 def plot_curves(
     results: Iterable[Result],  # runs that log at the same steps
     axis: Any,  # a matplotlib Axes
     key: str = "val_loss",  # what to draw: a field of the curve
-) -> None:
+) -> Any:  # the axis
     """Draw learning curves, with a band from the lowest to the highest seed."""
     runs: dict[_Group, list[dict[int, float]]] = {}
     for result in results:
@@ -606,12 +608,13 @@ def plot_curves(
         axis.fill_between(steps, values.min(0), values.max(0), color=look["color"], alpha=0.2, lw=0)
     axis.set(xlabel="step", ylabel="loss (nats per token)")
     axis.legend()
+    return axis
 
-# %% ../nbs/06_ablations.ipynb #edfaea64
+# %% ../nbs/06_ablations.ipynb #62a44727
 def plot_forest(
     results: Sequence[Result],  # of runs that share their base
     axis: Any,  # a matplotlib Axes
-) -> None:
+) -> Any:  # the axis
     """Draw the paired difference of every variant to the baseline, with 95% intervals and the seeds' dots."""
     rows = list(differences(results).items())
     for y, ((variant, _), difference) in enumerate(rows):
@@ -627,6 +630,28 @@ def plot_forest(
     axis.axvline(0, color="black", lw=1)
     axis.set(yticks=range(len(rows)), yticklabels=[f"{variant}, lr {lr:.2g}" for (variant, lr), _ in rows])
     axis.set(xlabel="loss minus that of the baseline (nats per token)", ylim=(len(rows) - 0.5, -0.5))
+    return axis
+
+# %% ../nbs/06_ablations.ipynb #53db3b4e
+def plot_norms(
+    record: dict[str, Any],  # of a watched run
+    axis: Any,  # a matplotlib Axes
+    kind: str = "activations",  # or gradients, or updates
+    last: int = 30,  # how many lines of the log to show, counted from the end
+) -> Any:  # the axis
+    """Draw a norm of each part of the model against the step; a red cross where it is no longer a number."""
+    rows = [row for row in record["curve"] if kind in row][-last:]
+    steps, parts = [row["step"] for row in rows], list(rows[0][kind])
+    values = np.array([[float(row[kind][part]) for part in parts] for row in rows])
+    top = 3 * np.max(values[np.isfinite(values)])
+    for i, part in enumerate(parts):
+        shade = str(0.75 * (1 - i / len(parts)))  # the deeper, the darker
+        axis.plot(steps, np.where(np.isfinite(values[:, i]), values[:, i], np.nan), color=shade, ls="-", label=part)
+        bad = [step for step, value in zip(steps, values[:, i], strict=True) if not math.isfinite(value)]
+        axis.plot(bad, [top] * len(bad), "x", color="#c00000", ms=8, mew=2, ls="")
+    axis.set(yscale="log", xlabel="step", ylabel=kind)
+    axis.legend(fontsize=7, ncols=2)
+    return axis
 
 # %% ../nbs/06_ablations.ipynb #8e20d3ce
 @dataclass(frozen=True)
@@ -653,7 +678,7 @@ class SweepConfig(TrainConfig):
             what = "whole numbers" if kind is int else "numbers"
             raise InputError(f"--{name} is {getattr(self, name)!r}; expected {what} separated by commas") from error
 
-# %% ../nbs/06_ablations.ipynb #b43b051f
+# %% ../nbs/06_ablations.ipynb #4990cba8
 def sweep_defaults(
     verb: str,  # search or ablate
     base: TrainConfig = BASE,  # what all runs share
@@ -670,8 +695,8 @@ def sweep_plans(
 ) -> dict[str, Plan]:  # what shall be run
     """Turn options into plans. Raises InputError for a search without rates, or a plan that cannot be read."""
     if options.plan is not None:
-        here = {name: getattr(options, name) for name in ("corpus", "val_corpus", "data_dir", "device")}
-        return load_plans(options.plan, **here)
+        own = {name: getattr(options, name) for name in ("corpus", "val_corpus", "data_dir", "device")}
+        return load_plans(options.plan, **{name: value for name, value in own.items() if value != getattr(BASE, name)})
     lrs, seeds = options.numbers("lrs", float), options.numbers("seeds", int)
     names = tuple(name.strip() for name in options.variants.split(","))
     if verb == "search" and not lrs:
@@ -704,7 +729,7 @@ def _run_on(options: SweepConfig, configs: list[TrainConfig]) -> dict[str, BaseE
         return run_on_dask(configs, options.out, options.dask)
     return run_here(configs, options.out, options.jobs)
 
-# %% ../nbs/06_ablations.ipynb #bf9a23e3
+# %% ../nbs/06_ablations.ipynb #65ab9e53
 def plan_report(
     plan: Plan,  # what was run
     folder: str | Path,  # where the records lie
@@ -721,13 +746,13 @@ def _search_line(variant: str, curve: dict[float, list[float]], searched: list[R
     if len(curve) < 2:
         return ""
     best, advice, edge = search_result(curve)
-    start = next(r.record["curve"][0]["val_loss"] for r in searched if r.variant == variant)
+    knows_nothing = math.log(searched[0].record["config"]["vocab_size"])
     means = {lr: float(np.mean(losses)) for lr, losses in curve.items()}
     line = f"{variant}: best lr {best:g}" if best else f"{variant}: no best lr"
-    line += f"; sensitivity {lr_sensitivity(means, start):.3f} over {min(curve):g} to {max(curve):g}"
+    line += f"; sensitivity {lr_sensitivity(means, knows_nothing):.3f} over {min(curve):g} to {max(curve):g}"
     return line + (f"; diverges at {edge:g}" if edge else "") + (f"; {advice}" if advice else "")
 
-# %% ../nbs/06_ablations.ipynb #50cb0eb2
+# %% ../nbs/06_ablations.ipynb #b7896ff3
 def reference_curves(
     records: Iterable[dict[str, Any]],  # of runs of standard presets that differ in the seed alone
 ) -> dict[str, Any]:  # by corpus and preset: config, corpus, and the losses of each seed
@@ -739,6 +764,18 @@ def reference_curves(
         entry = references.setdefault(f"{corpus['name']}/{config['preset']}", known)
         curve = [[row["step"], *(_rounded(row[key]) for key in _LOSSES)] for row in record["curve"]]
         entry["curves"][str(config["seed"])] = curve
+    return references
+
+
+def write_references(
+    folder: str | Path,  # records of runs of standard presets
+    dst: str | Path,  # the JSON file to write
+) -> dict[str, Any]:  # what was written
+    """Write the reference curves of a folder of records."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
+    references = reference_curves(records)
+    with atomic_write(dst, "w") as file:
+        json.dump(references, file, separators=(",", ":"))
     return references
 
 
@@ -755,8 +792,8 @@ def _what_counts(config: dict[str, Any]) -> dict[str, Any]:
     free = _NO_EFFECT - {"log_every"} | {"seed", "max_steps"}
     return {key: value for key, value in config.items() if key not in free}
 
-# %% ../nbs/06_ablations.ipynb #8e39829d
-_WIDTH = 6.0  # half the width of the band, in standard deviations
+# %% ../nbs/06_ablations.ipynb #eec78722
+_WIDTH = 8.0  # half the width of the band, in standard deviations
 
 
 def _band(curves: dict[str, list[list[Any]]], column: int) -> dict[int, tuple[float, float]]:

@@ -440,9 +440,10 @@ def _write_ids(tokenizer: Tokenizer, src: Path, file, dtype: np.dtype, num_worke
             hashed = beside.submit(digest.update, chunk)
             yield chunk
 
-    how = {"num_workers": num_workers, "dtype": dtype}
     with ThreadPoolExecutor(1) as beside, open_text(src) as stream, _bytes_bar("encoding", src) as bar:
-        for ids in tokenizer._encoder.encode_chunks(chunks(), progress=bar.update, **how):
+        blocks = tokenizer._encoder.encode_chunks(
+            chunks(), num_workers=num_workers, dtype=dtype, progress=bar.update)
+        for ids in blocks:
             file.write(ids)
             count += len(ids)
     return count, digest.hexdigest()
