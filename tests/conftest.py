@@ -55,6 +55,7 @@ def runnable_copy(path: Path, folder: Path, counted: bool = False) -> Path:
             if output["output_type"] == "execute_result":
                 output["execution_count"] = cell["execution_count"]
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(ROOT / "data/results", folder.parent / "data/results", dirs_exist_ok=True)  # what chapters read
     copy = folder / path.name
     copy.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
     return copy
