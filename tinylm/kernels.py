@@ -452,13 +452,13 @@ def _grow(table: _Table, n: int) -> _Table:
     return _Table(slots, arena, offsets, counts, size)
 
 # %% ../nbs/09_kernels.ipynb #2c6ca663
-_ONE, _EIGHT = _u64(1), _u64(8)
+_1, _8 = _u64(1), _u64(8)
 
 @_compiled
 def _key(data, i, n):
     "A pretoken of at most 15 bytes as two numbers; the highest byte is its length. All numbers are uint64."
-    low = _load8(data, i) & _MASKS[min(n, _EIGHT)]
-    high = _load8(data, i + _EIGHT) & _MASKS[max(n, _EIGHT) - _EIGHT]
+    low = _load8(data, i) & _MASKS[min(n, _8)]
+    high = _load8(data, i + _8) & _MASKS[max(n, _8) - _8]
     return low, high | n << _u64(56)
 
 @_compiled
@@ -496,15 +496,15 @@ def _count_known(data, starts, t, stop, lines):
     "Count pretokens from t on while they are on their lines; return the first one that is not. All uint64."
     while t < stop:
         i = _u64(starts[t])
-        n = _u64(starts[t + _ONE]) - i
+        n = _u64(starts[t + _1]) - i
         if n > _u64(15):
             break
         low, high = _key(data, i, n)
         at = _line(low, high, _COUNT_BITS)
         if lines[at, _u64(0)] != low or lines[at, _u64(1)] != high:
             break
-        lines[at, _u64(2)] += _ONE
-        t += _ONE
+        lines[at, _u64(2)] += _1
+        t += _1
     return t
 
 # %% ../nbs/09_kernels.ipynb #586fb774
@@ -1047,12 +1047,12 @@ def _empty_lines() -> np.ndarray:
 @_compiled
 def _first_line(low, high):
     "The first of the two lines of a key."
-    return _line(low, high, _ENCODE_BITS - 1) << _ONE
+    return _line(low, high, _ENCODE_BITS - 1) << _1
 
 @_compiled
 def _holds(lines, at, low, high):
     "Whether a line holds a key, with any number of ids."
-    return lines[at, _u64(0)] == low and (lines[at, _ONE] ^ high) << _u64(4) == _u64(0)
+    return lines[at, _u64(0)] == low and (lines[at, _1] ^ high) << _u64(4) == _u64(0)
 
 @_compiled
 def _three(ids, k):
@@ -1064,8 +1064,8 @@ def _remember(lines, low, high, ids, k, n):
     "Keep the n ids from place k on, if there is room for so many."
     if n <= 6:
         at = _first_line(low, high)
-        if lines[at, _ONE] != _u64(0):
-            at += _ONE
+        if lines[at, _1] != _u64(0):
+            at += _1
         lines[at, 0], lines[at, 1] = low, high | _u64(n) << _u64(60)
         lines[at, 2], lines[at, 3] = _three(ids, k), _three(ids, k + 3)
 
@@ -1094,34 +1094,34 @@ def _ask(data, starts, t, num, lines, keys):
     "Note key and line of `num` pretokens from t on, and ask for the lines. All uint64."
     for j in range(num):
         i = _u64(starts[t + j])
-        n = _u64(starts[t + j + _ONE]) - i
+        n = _u64(starts[t + j + _1]) - i
         low, high = _key(data, i, min(n, _u64(15)))
         at = _first_line(low, high)
         _prefetch(lines, at)
         if n > _u64(15):
-            low, high = _ONE, _u64(0)
-        keys[j, _u64(0)], keys[j, _ONE], keys[j, _u64(2)] = low, high, at
+            low, high = _1, _u64(0)
+        keys[j, _u64(0)], keys[j, _1], keys[j, _u64(2)] = low, high, at
 
 # %% ../nbs/09_kernels.ipynb #666360af
 @_compiled
 def _write_three(word, ids, k):
-    ids[k], ids[k + _ONE], ids[k + _u64(2)] = word & _ID, word >> _u64(21) & _ID, word >> _u64(42)
+    ids[k], ids[k + _1], ids[k + _u64(2)] = word & _ID, word >> _u64(21) & _ID, word >> _u64(42)
 
 @_compiled
 def _encode_known(keys, j, num, lines, ids, k):
     "Encode pretokens of a batch from j on while the cache knows them; return where it stopped, and the place in ids."
     while j < num:
-        low, high, at = keys[j, _u64(0)], keys[j, _ONE], keys[j, _u64(2)]
+        low, high, at = keys[j, _u64(0)], keys[j, _1], keys[j, _u64(2)]
         if not _holds(lines, at, low, high):
-            at += _ONE
+            at += _1
             if not _holds(lines, at, low, high):
                 break
         _write_three(lines[at, _u64(2)], ids, k)
-        count = lines[at, _ONE] >> _u64(60)
+        count = lines[at, _1] >> _u64(60)
         if count > _u64(3):
             _write_three(lines[at, _u64(3)], ids, k + _u64(3))
         k += count
-        j += _ONE
+        j += _1
     return j, k
 
 # %% ../nbs/09_kernels.ipynb #085662c1
@@ -1287,7 +1287,7 @@ def _encode(ranks, data, starts, num, specials, spans, lines, ids):
                 nth += 1
             else:
                 k += _encode_new(byte_ids, byte_pairs, slots, new_ids, data, i, n, ids, k, rank, lines)
-            j += _ONE
+            j += _1
     return k
 
 # %% ../nbs/09_kernels.ipynb #dc6cfc9c
