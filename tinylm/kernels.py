@@ -57,13 +57,16 @@ def _classify_ascii(data, n, kind):
         kind[i] = k
     return seen < 128
 
-# %% ../nbs/09_kernels.ipynb #141acc06
+# %% ../nbs/09_kernels.ipynb #17205a01
 _PAD = 16
 
-def _pad(data: bytes) -> np.ndarray:
-    "Copy bytes into an array with _PAD zeros behind them."
-    padded = np.zeros(len(data) + _PAD, np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
+def _pad(*parts: bytes | memoryview) -> np.ndarray:
+    "Copy bytes into one array with _PAD zeros behind them."
+    padded, end = np.empty(sum(map(len, parts)) + _PAD, np.uint8), 0
+    for part in parts:
+        start, end = end, end + len(part)
+        padded[start:end] = np.frombuffer(part, np.uint8)
+    padded[end:] = 0
     return padded
 
 # %% ../nbs/09_kernels.ipynb #27e918ec
@@ -587,7 +590,7 @@ def _last_cut(data, n, specials):
                 return i
     return 0
 
-# %% ../nbs/09_kernels.ipynb #c9b6af43
+# %% ../nbs/09_kernels.ipynb #51316303
 def _cut_blocks(chunks: Iterable[bytes], specials: _Specials, size: int) -> Iterator[_Block]:
     "Regroup a stream into blocks of about `size` bytes that can be tokenized one by one."
     pending: list[bytes | memoryview] = []
@@ -598,14 +601,14 @@ def _cut_blocks(chunks: Iterable[bytes], specials: _Specials, size: int) -> Iter
             pending.append(piece)
             length += len(piece)
             if length >= enough:
-                data = _pad(b"".join(pending))
+                data = _pad(*pending)
                 cut = _last_cut(data, length, specials)
                 if cut:
                     yield data, cut
                 pending, length = [data[cut:length].tobytes()], length - cut
                 enough = max(size, 2 * length)
     if length:
-        yield _pad(b"".join(pending)), length
+        yield _pad(*pending), length
 
 # %% ../nbs/09_kernels.ipynb #b32be3f6
 _Result = TypeVar("_Result")
