@@ -302,25 +302,26 @@ def _follow_parent() -> None:
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
 
-# %% ../nbs/06_ablations.ipynb #6ea9925b
+# %% ../nbs/06_ablations.ipynb #c9d42158
 def run_here(
     configs: Iterable[TrainConfig],  # what shall be run
     folder: str | Path,  # gets the records
     jobs: int | None = None,  # worker processes; None means one for each core
 ) -> dict[str, BaseException]:  # what went wrong, by the name of the run
     """Make the missing records in processes of this machine, and survive the death of some."""
-    left = _missing(configs, Path(folder))
-    while left:
-        order = sorted(left.values(), key=lambda config: Path(str(config.run_dir)).exists())
+    failures: dict[str, BaseException] = {}
+    before, in_vain = None, 0
+    while (left := list(_missing(configs, Path(folder)).values())) and in_vain < 2:
+        begun = [Path(str(config.run_dir)).exists() for config in left]
+        in_vain = in_vain + 1 if (len(left), sum(begun)) == before else 0
+        before = len(left), sum(begun)
         with local_executor(jobs) as executor:
-            failures = run_plan(order, executor, folder)
-        before, left = left, _missing(configs, Path(folder))
-        died = any(isinstance(error, BrokenProcessPool) for error in failures.values())
-        if not died or len(left) == len(before):
-            return failures
-    return {}
+            failures = run_plan([left[i] for i in np.argsort(begun, kind="stable")], executor, folder)
+        if not any(isinstance(error, BrokenProcessPool) for error in failures.values()):
+            break
+    return failures
 
-# %% ../nbs/06_ablations.ipynb #473ea3f9
+# %% ../nbs/06_ablations.ipynb #29d461ab
 def run_on_dask(
     configs: Iterable[TrainConfig],  # what shall be run
     folder: str | Path,  # gets the records
@@ -332,7 +333,7 @@ def run_on_dask(
     except ImportError as error:
         raise InputError("--dask needs Dask: pip install distributed") from error
     try:
-        client = Client(address, timeout="10s")
+        client = Client(address, timeout="5s")
     except (OSError, ValueError) as error:
         raise InputError(f"no Dask scheduler at {address!r}: {error}") from error
     with client, client.get_executor() as executor:
@@ -556,7 +557,7 @@ def _look(variant: str) -> dict[str, Any]:
     color, marker, dashes = _LOOKS[variant]
     return {"color": color, "marker": marker, "ls": dashes}
 
-# %% ../nbs/06_ablations.ipynb #fa30327b
+# %% ../nbs/06_ablations.ipynb #0f08168b
 def plot_search(
     results: Iterable[Result],  # of a search
     axis: Any,  # a matplotlib Axes
@@ -569,7 +570,8 @@ def plot_search(
     for variant, curve in curves.items():
         look, rates = _look(variant), sorted(curve)
         means = [np.mean(curve[lr]) for lr in rates]
-        axis.plot(rates, [m if m <= top else math.nan for m in means], **look | {"marker": ""}, label=variant)
+        axis.plot(rates, [m if m <= top else math.nan for m in means], **look | {"marker": ""})
+        axis.plot([], [], **look, label=variant)
         for lr in rates:
             _dots(axis, lr, curve[lr], top, look)
         edge = search_result(curve).edge
@@ -589,7 +591,7 @@ def _dots(axis: Any, lr: float, losses: Sequence[float], top: float, look: dict[
             fill = look["color"] if loss <= top else "white"
             axis.plot(lr, min(loss, top), look["marker"], color=look["color"], mfc=fill, ms=5)
 
-# %% ../nbs/06_ablations.ipynb #793e3335
+# %% ../nbs/06_ablations.ipynb #6d463143
 def plot_curves(
     results: Iterable[Result],  # runs that log at the same steps
     axis: Any,  # a matplotlib Axes
@@ -604,13 +606,13 @@ def plot_curves(
         steps = sorted(set.intersection(*map(set, curves)))
         values = np.array([[curve[step] for step in steps] for curve in curves])
         look = _look(variant) | {"marker": ""}
-        axis.plot(steps, values.mean(0), **look, label=f"{variant}, lr {lr:.2g}, {len(curves)} runs")
+        axis.plot(steps, values.mean(0), **look, label=f"{variant}, lr {lr:.2g} ({len(curves)})")
         axis.fill_between(steps, values.min(0), values.max(0), color=look["color"], alpha=0.2, lw=0)
     axis.set(xlabel="step", ylabel="loss (nats per token)")
     axis.legend()
     return axis
 
-# %% ../nbs/06_ablations.ipynb #62a44727
+# %% ../nbs/06_ablations.ipynb #d328a9fc
 def plot_forest(
     results: Sequence[Result],  # of runs that share their base
     axis: Any,  # a matplotlib Axes
@@ -619,7 +621,7 @@ def plot_forest(
     rows = list(differences(results).items())
     for y, ((variant, _), difference) in enumerate(rows):
         look = _look(variant)
-        axis.plot(difference.values, [y + 0.16] * len(difference.values), "o", color=look["color"], ms=4, alpha=0.5)
+        axis.plot(difference.values, [y + 0.16] * len(difference.values), "o", color=look["color"], ms=5, alpha=0.6)
         if len(difference.values) > 1:
             interval = {"xerr": difference.half_width, "fmt": look["marker"], "capsize": 4}
             axis.errorbar(difference.mean, y, color=look["color"], **interval)
@@ -632,7 +634,7 @@ def plot_forest(
     axis.set(xlabel="loss minus that of the baseline (nats per token)", ylim=(len(rows) - 0.5, -0.5))
     return axis
 
-# %% ../nbs/06_ablations.ipynb #53db3b4e
+# %% ../nbs/06_ablations.ipynb #2639ce2d
 def plot_norms(
     record: dict[str, Any],  # of a watched run
     axis: Any,  # a matplotlib Axes
@@ -650,7 +652,7 @@ def plot_norms(
         bad = [step for step, value in zip(steps, values[:, i], strict=True) if not math.isfinite(value)]
         axis.plot(bad, [top] * len(bad), "x", color="#c00000", ms=8, mew=2, ls="")
     axis.set(yscale="log", xlabel="step", ylabel=kind)
-    axis.legend(fontsize=7, ncols=2)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return axis
 
 # %% ../nbs/06_ablations.ipynb #8e20d3ce
