@@ -20,8 +20,9 @@ from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup, _nbpath2html
 from nbdev.processors import FilterDefaults
 
-COLAB = ("[Open in Colab](https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/nbs/{name}); "
-         "there, run `%pip install git+{git_url}` first.")
+COLAB = ("[Open in Colab](https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/nbs/{name}); there, run "
+         "`!git clone --depth 1 {git_url} && pip install ./{repo}` and `%cd {repo}/nbs` first, which brings the "
+         "exercises and the records of long runs too.")
 
 
 class Processors(FilterDefaults):

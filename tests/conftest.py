@@ -1,4 +1,4 @@
-"""What several tests share: the chapters, a browser, a web server on this machine."""
+"""What several tests share: the chapters, a tiny run, a browser, a web server on this machine."""
 import functools
 import http.server
 import json
@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,20 @@ def browser():
         chromium = p.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    "A tiny config whose data are prepared."
+    from tiny import tiny_config
+
+    return tiny_config(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def config(base, tmp_path):
+    "The same, for a run of this test's own."
+    return replace(base, run_dir=str(tmp_path / "run"))
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

@@ -12,7 +12,7 @@ from statistics import median
 INTRODUCTION_WORDS = 25  # two sentences: what we build, what it needs, what you will know
 MEDIAN_LINES = 6  # most cells hold one thought; the compiled kernels need a line more
 LESSON_LINES = 15  # a longer one does several things at once, or wants a function
-FUNCTION_LINES = 33  # a function of this size wants to be two
+FUNCTION_LINES = 30  # a function of this size wants to be two
 CLASS_LINES = 50  # a class is shown whole, so its cell may be long
 WORDS_PER_LINE = 3  # under it, code is shown and not taught
 NOTEBOOK_KB = 300  # loads at once on a phone, and a review of it stays readable

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import checkpoints, metrics, one_thread, result, tell, tiny_config  # noqa: F401
+from test_train import one_thread  # noqa: F401
+from tiny import checkpoints, metrics, result, tell
 from torch.testing import assert_close
 
 import tinylm.train
@@ -40,16 +41,6 @@ from tinylm.train import (
 )
 
 PATIENCE = 60  # seconds until a child that does not do what it shall is called broken
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_config(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def config(base, tmp_path):
-    return replace(base, run_dir=str(tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")

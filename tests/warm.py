@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from test_train import tell, tiny_config
+from tiny import tell, tiny_config
 from tqdm import tqdm
 
 from tinylm.train import train

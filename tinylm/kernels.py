@@ -455,13 +455,13 @@ def _grow(table: _Table, n: int) -> _Table:
     return _Table(slots, arena, offsets, counts, size)
 
 # %% ../nbs/09_kernels.ipynb #2c6ca663
-_1, _8 = _u64(1), _u64(8)
+_ONE, _EIGHT = _u64(1), _u64(8)
 
 @_compiled
 def _key(data, i, n):
     "A pretoken of at most 15 bytes as two numbers; the highest byte is its length. All numbers are uint64."
-    low = _load8(data, i) & _MASKS[min(n, _8)]
-    high = _load8(data, i + _8) & _MASKS[max(n, _8) - _8]
+    low = _load8(data, i) & _MASKS[min(n, _EIGHT)]
+    high = _load8(data, i + _EIGHT) & _MASKS[max(n, _EIGHT) - _EIGHT]
     return low, high | n << _u64(56)
 
 @_compiled
@@ -499,15 +499,15 @@ def _count_known(data, starts, t, stop, lines):
     "Count pretokens from t on while they are on their lines; return the first one that is not. All uint64."
     while t < stop:
         i = _u64(starts[t])
-        n = _u64(starts[t + _1]) - i
+        n = _u64(starts[t + _ONE]) - i
         if n > _u64(15):
             break
         low, high = _key(data, i, n)
         at = _line(low, high, _COUNT_BITS)
         if lines[at, _u64(0)] != low or lines[at, _u64(1)] != high:
             break
-        lines[at, _u64(2)] += _1
-        t += _1
+        lines[at, _u64(2)] += _ONE
+        t += _ONE
     return t
 
 # %% ../nbs/09_kernels.ipynb #586fb774
@@ -746,6 +746,7 @@ class _Tokens(NamedTuple):
     offsets: np.ndarray  # int64
     arena: np.ndarray  # uint8
 
+# %% ../nbs/09_kernels.ipynb #layout02
 @_compiled
 def _lay_out(pretokens, symbol, word):
     "Write the bytes of all pretokens, with edges."
@@ -765,7 +766,7 @@ def _left_of(symbol, i):
     s = symbol[i - 1]
     return -1 if s == _EDGE else i - 1 if s >= 0 else i + s
 
-# %% ../nbs/09_kernels.ipynb #63c80f5e
+# %% ../nbs/09_kernels.ipynb #born0001
 @_compiled
 def _born(pairs, used, a, b):
     "The number of a new pair."
@@ -790,6 +791,7 @@ def _number_pairs(places, pairs):
         pairs.times[p] += counts[word[i]]
         pairs.num[p] += 1
 
+# %% ../nbs/09_kernels.ipynb #63c80f5e
 @_compiled
 def _make_room(first, num, used, base):
     "Reserve room in `where` for the places of each pair from number `base` on."
@@ -900,6 +902,7 @@ def _comes_first(tokens, pairs, p, count_p, q, count_q):
         a, b = pairs.right[p], pairs.right[q]
     return a != b and _greater(tokens.size, tokens.prefix, tokens.offsets, tokens.arena, a, b)
 
+# %% ../nbs/09_kernels.ipynb #heaps002
 class _Heap(NamedTuple):
     "Pairs, each before the two at 2i + 1 and 2i + 2."
     pair: np.ndarray  # int32: number
@@ -1050,12 +1053,12 @@ def _empty_lines() -> np.ndarray:
 @_compiled
 def _first_line(low, high):
     "The first of the two lines of a key."
-    return _line(low, high, _ENCODE_BITS - 1) << _1
+    return _line(low, high, _ENCODE_BITS - 1) << _ONE
 
 @_compiled
 def _holds(lines, at, low, high):
     "Whether a line holds a key, with any number of ids."
-    return lines[at, _u64(0)] == low and (lines[at, _1] ^ high) << _u64(4) == _u64(0)
+    return lines[at, _u64(0)] == low and (lines[at, _ONE] ^ high) << _u64(4) == _u64(0)
 
 @_compiled
 def _three(ids, k):
@@ -1067,8 +1070,8 @@ def _remember(lines, low, high, ids, k, n):
     "Keep the n ids from place k on, if there is room for so many."
     if n <= 6:
         at = _first_line(low, high)
-        if lines[at, _1] != _u64(0):
-            at += _1
+        if lines[at, _ONE] != _u64(0):
+            at += _ONE
         lines[at, 0], lines[at, 1] = low, high | _u64(n) << _u64(60)
         lines[at, 2], lines[at, 3] = _three(ids, k), _three(ids, k + 3)
 
@@ -1097,34 +1100,34 @@ def _ask(data, starts, t, num, lines, keys):
     "Note key and line of `num` pretokens from t on, and ask for the lines. All uint64."
     for j in range(num):
         i = _u64(starts[t + j])
-        n = _u64(starts[t + j + _1]) - i
+        n = _u64(starts[t + j + _ONE]) - i
         low, high = _key(data, i, min(n, _u64(15)))
         at = _first_line(low, high)
         _prefetch(lines, at)
         if n > _u64(15):
-            low, high = _1, _u64(0)
-        keys[j, _u64(0)], keys[j, _1], keys[j, _u64(2)] = low, high, at
+            low, high = _ONE, _u64(0)
+        keys[j, _u64(0)], keys[j, _ONE], keys[j, _u64(2)] = low, high, at
 
 # %% ../nbs/09_kernels.ipynb #666360af
 @_compiled
 def _write_three(word, ids, k):
-    ids[k], ids[k + _1], ids[k + _u64(2)] = word & _ID, word >> _u64(21) & _ID, word >> _u64(42)
+    ids[k], ids[k + _ONE], ids[k + _u64(2)] = word & _ID, word >> _u64(21) & _ID, word >> _u64(42)
 
 @_compiled
 def _encode_known(keys, j, num, lines, ids, k):
     "Encode pretokens of a batch from j on while the cache knows them; return where it stopped, and the place in ids."
     while j < num:
-        low, high, at = keys[j, _u64(0)], keys[j, _1], keys[j, _u64(2)]
+        low, high, at = keys[j, _u64(0)], keys[j, _ONE], keys[j, _u64(2)]
         if not _holds(lines, at, low, high):
-            at += _1
+            at += _ONE
             if not _holds(lines, at, low, high):
                 break
         _write_three(lines[at, _u64(2)], ids, k)
-        count = lines[at, _1] >> _u64(60)
+        count = lines[at, _ONE] >> _u64(60)
         if count > _u64(3):
             _write_three(lines[at, _u64(3)], ids, k + _u64(3))
         k += count
-        j += _1
+        j += _ONE
     return j, k
 
 # %% ../nbs/09_kernels.ipynb #085662c1
@@ -1290,7 +1293,7 @@ def _encode(ranks, data, starts, num, specials, spans, lines, ids):
                 nth += 1
             else:
                 k += _encode_new(byte_ids, byte_pairs, slots, new_ids, data, i, n, ids, k, rank, lines)
-            j += _1
+            j += _ONE
     return k
 
 # %% ../nbs/09_kernels.ipynb #dc6cfc9c
