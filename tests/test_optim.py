@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from tinylm.optim import AdamW, clip_grad_norm, cosine_lr, cross_entropy
+from tinylm.optim import AdamW, _adamw_update, _cross_entropy_plain, clip_grad_norm, cosine_lr, cross_entropy
 
 
 def parameters(seed=0):
@@ -18,14 +18,15 @@ def parameters(seed=0):
 def give_gradients(params, step, skip=None):
     generator = torch.Generator().manual_seed(1000 + step)
     for i, p in enumerate(params):
-        gradient = torch.randn(p.shape, generator=generator) * 10.0 ** (i - 1)
+        gradient = torch.randn(p.shape, generator=generator).to(p.dtype) * 10.0 ** (i - 1)
         p.grad = None if i == skip else gradient
 
 
 def test_cross_entropy_gradient_in_float64():
     logits = torch.randn(2, 3, 11, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(11, (2, 3))
-    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, targets), (logits,))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, torch.clone):  # backward consumes what it kept
+        assert torch.autograd.gradcheck(lambda x: cross_entropy(x, targets), (logits,))
 
 
 @pytest.mark.parametrize("scale", [1e4, -1e4, 1e30])
@@ -35,6 +36,47 @@ def test_cross_entropy_of_extreme_logits_is_finite_and_right(scale):
     loss.backward()
     assert_close(loss, F.cross_entropy(logits, torch.tensor([0, 2])))
     assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("view", [
+    lambda t: t[:, 3:], lambda t: t.transpose(0, 1), lambda t: t[..., ::2], lambda t: t[0, 0], lambda t: t,
+], ids=["later", "turned", "every other", "one row", "whole"])
+def test_cross_entropy_takes_any_layout_and_many_blocks(view):
+    "3 x 100 x 2000 numbers are several blocks; gradients are compared where the view puts them."
+    leaf = torch.randn(3, 100, 2000, requires_grad=True)
+    targets = torch.randint(1000, view(leaf).shape[:-1])
+    ours, theirs = (f(view(leaf), targets) for f in (cross_entropy, _cross_entropy_plain))
+    assert_close(ours, theirs)
+    assert_close(*(torch.autograd.grad(3 * loss, leaf)[0] for loss in (ours, theirs)), atol=1e-8, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cross_entropy_of_short_numbers_is_computed_in_long_ones(dtype):
+    logits = (5 * torch.randn(40, 3000)).to(dtype).requires_grad_()
+    targets = torch.randint(3000, (40,))
+    wide = logits.detach().float().requires_grad_()
+    ours, theirs = cross_entropy(logits, targets), F.cross_entropy(wide, targets)
+    assert ours.dtype == torch.float32
+    assert_close(ours, theirs)
+    for loss in (ours, theirs):
+        loss.backward()
+    assert logits.grad.dtype == dtype
+    assert_close(logits.grad.float(), wide.grad, atol=1e-4, rtol=2e-2)
+
+
+def test_cross_entropy_refuses_a_second_backward_instead_of_giving_nonsense():
+    logits = torch.randn(4, 9, requires_grad=True)
+    loss = cross_entropy(logits, torch.zeros(4, dtype=torch.long))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_cross_entropy_leaves_the_logits_alone():
+    logits = torch.randn(4, 9, requires_grad=True)
+    before = logits.detach().clone()
+    cross_entropy(logits, torch.zeros(4, dtype=torch.long)).backward()
+    assert torch.equal(logits, before)
 
 
 def test_cross_entropy_refuses_shapes_that_would_broadcast():
@@ -82,6 +124,50 @@ def test_adamw_groups_have_settings_of_their_own():
         a.step()
         b.step()
     assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+def odd_parameters(kind):
+    "Parameters that the compiled loop cannot take, and their gradients."
+    shape = (6, 4)
+    p = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    if kind == "turned":
+        return torch.nn.Parameter(p.T.contiguous().T), g
+    if kind == "turned gradient":
+        return torch.nn.Parameter(p), g.T.contiguous().T
+    return torch.nn.Parameter(p.bfloat16()), g.bfloat16()
+
+
+@pytest.mark.parametrize("kind", ["turned", "turned gradient", "bfloat16"])
+def test_adamw_takes_what_its_loop_cannot(kind):
+    pairs = [odd_parameters(kind) for _ in range(2)]
+    for (p, g), make in zip(pairs, (AdamW, torch.optim.AdamW), strict=True):
+        optimizer = make([p], lr=0.1)
+        for _ in range(3):
+            p.grad = g
+            optimizer.step()
+    assert_close(pairs[0][0], pairs[1][0], atol=1e-6 if kind != "bfloat16" else 2e-2, rtol=1e-6)
+
+
+def test_adamw_loop_equals_the_lists_in_64_bits():
+    params, lists = ([p.detach().double() for p in parameters()] for _ in range(2))
+    ms, vs = ([torch.zeros_like(p) for p in lists] for _ in range(2))
+    leaves = [torch.nn.Parameter(p) for p in params]
+    optimizer = AdamW(leaves, lr=0.01, weight_decay=0.1)
+    for step in range(1, 6):
+        give_gradients(leaves, step)
+        optimizer.step()
+        _adamw_update(lists, [p.grad for p in leaves], ms, vs, [step] * 3, optimizer.param_groups[0])
+    assert_close([p.detach() for p in leaves], lists, atol=1e-14, rtol=1e-12)
+
+
+def test_adamw_tells_autograd_that_the_weights_have_changed():
+    p = torch.nn.Parameter(torch.ones(3))
+    loss = (p**2).sum()
+    p.grad = torch.ones(3)
+    AdamW([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_adamw_goes_on_from_its_state_dict():

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Linear', 'Embedding', 'rms_norm', 'RMSNorm', 'softmax', 'silu', 'SiLUFeedForward', 'SwiGLU']
 
-# %% ../nbs/01_layers.ipynb #e2da4b9e
+# %% ../nbs/01_layers.ipynb #94795310
 import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # %% ../nbs/01_layers.ipynb #e22a064c
 class Linear(nn.Module):
@@ -55,18 +56,52 @@ class Embedding(nn.Module):
         rows = self.weight.index_select(0, token_ids.flatten())
         return rows.view(*token_ids.shape, -1)
 
-# %% ../nbs/01_layers.ipynb #024aa503
+# %% ../nbs/01_layers.ipynb #a15797a3
+def _wide(x: Tensor) -> Tensor:
+    "Return x in 32 bits if it has fewer."
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+# %% ../nbs/01_layers.ipynb #2c231464
 def rms_norm(
     x: Tensor,  # (..., D)
     weight: Tensor,  # (D), one gain per feature
     eps: float = 1e-5,  # keeps the root away from zero
 ) -> Tensor:  # (..., D), the dtype of x
     "Scale each vector to a root mean square of one, then multiply by the gains (Zhang and Sennrich 2019)."
-    y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    y = _wide(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * weight).to(x.dtype)
 
-# %% ../nbs/01_layers.ipynb #4c50c53c
+# %% ../nbs/01_layers.ipynb #201a7ba9
+class _RMSNormByHand(torch.autograd.Function):
+    "Compute `rms_norm`, with its gradient from the equation."
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        "Keep x, the gains, and the factor r of each vector."
+        wide = _wide(x)
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        r = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (wide * r).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, delta: Tensor) -> tuple[Tensor, Tensor, None]:
+        "Give the gradients of x and of the gains."
+        x, weight, r = ctx.saved_tensors
+        n, u = _wide(x) * r, _wide(delta) * weight
+        along = (u * n).mean(-1, keepdim=True)
+        dx = u.addcmul_(n, along, value=-1).mul_(r)
+        gains = n.mul_(delta).reshape(-1, x.shape[-1]).sum(0)
+        return dx.to(x.dtype), gains.to(weight.dtype), None
+
+# %% ../nbs/01_layers.ipynb #faf8ebaa
+def _by_hand() -> bool:
+    "Say whether a backward pass written by hand pays: gradients are wanted, and no compiler is at work."
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+# %% ../nbs/01_layers.ipynb #89b5b7c4
 class RMSNorm(nn.Module):
     "Normalize the last axis by its root mean square."
 
@@ -86,7 +121,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "Map x (..., D) to (..., D)."
-        return rms_norm(x, self.weight, self.eps)
+        normalize = _RMSNormByHand.apply if _by_hand() else rms_norm
+        return normalize(x, self.weight, self.eps)
 
 # %% ../nbs/01_layers.ipynb #b69b70d9
 def softmax(
@@ -121,7 +157,28 @@ class SiLUFeedForward(nn.Module):
         "Map x (..., D) to (..., D)."
         return self.w2(silu(self.w1(x)))
 
-# %% ../nbs/01_layers.ipynb #ff4b9dd0
+# %% ../nbs/01_layers.ipynb #9fc4f681
+class _GateByHand(torch.autograd.Function):
+    "Compute `silu(a) * b`, with its gradient from the equations."
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+        "Keep a and b, nothing else."
+        ctx.save_for_backward(a, b)
+        return torch.sigmoid(a).mul_(a).mul_(b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, delta: Tensor) -> tuple[Tensor, Tensor]:
+        "Give the gradients of a and b."
+        a, b = ctx.saved_tensors
+        s = torch.sigmoid(a)
+        h = a * s
+        db = h * delta
+        da = s.addcmul_(h, 1 - s).mul_(b).mul_(delta)
+        return da, db
+
+# %% ../nbs/01_layers.ipynb #c1b582cb
 class SwiGLU(nn.Module):
     "Gated feed-forward network: w2(silu(w1 x) * w3 x) (Shazeer 2020)."
 
@@ -137,4 +194,5 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "Map x (..., D) to (..., D)."
-        return self.w2(silu(self.w1(x)) * self.w3(x))
+        a, b = self.w1(x), self.w3(x)
+        return self.w2(_GateByHand.apply(a, b) if _by_hand() else silu(a) * b)

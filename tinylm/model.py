@@ -280,13 +280,13 @@ def flops_per_token(
     scores_and_averages = config.num_layers * 2 * config.context_length * config.d_model
     return 2 * (matrices + scores_and_averages)
 
-# %% ../nbs/03_model.ipynb #f75f8e48
+# %% ../nbs/03_model.ipynb #1ff779f7
 def _saved_per_token(config: ModelConfig) -> int:
     "Count the float32 numbers that the forward pass keeps for the backward pass, for each token."
     d, has_norm = config.d_model, config.norm != "none"
-    norm = 2 * d + 1 if has_norm else 0  # its input and the normalized vector, and the root
+    norm = d + 1 if has_norm else 0  # its input and the root
     attention = norm + d + 3 * d + config.num_heads + d  # input, q k v, sums of exponentials, heads
-    feed_forward = norm + d + config.d_ff * (5 if config.ffn == "swiglu" else 3)
+    feed_forward = norm + d + 3 * config.d_ff  # with a gate: both sides and their product; else silu's steps
     return config.num_layers * (attention + feed_forward) + norm + d + 2  # ids take two
 
 # %% ../nbs/03_model.ipynb #27b0ac4c

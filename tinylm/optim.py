@@ -5,15 +5,70 @@
 # %% auto #0
 __all__ = ['cross_entropy', 'AdamW', 'cosine_lr', 'clip_grad_norm']
 
-# %% ../nbs/04_optim.ipynb #4b3af908
+# %% ../nbs/04_optim.ipynb #8a85f35d
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-# %% ../nbs/04_optim.ipynb #95d275e8
+from .kernels import _compiled
+
+# %% ../nbs/04_optim.ipynb #0367d9fd
+def _cross_entropy_plain(logits: Tensor, targets: Tensor) -> Tensor:
+    "Average the surprise at the targets, step by step."
+    m = logits.detach().amax(-1, keepdim=True)
+    log_sum = (logits - m).exp().sum(-1).log() + m.squeeze(-1)
+    right = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return (log_sum - right).mean()
+
+# %% ../nbs/04_optim.ipynb #3c95ba23
+def _surprise(z: Tensor, y: Tensor) -> Tensor:
+    "Give the surprise at each row's target; turn the logits z, in place, into probabilities."
+    right, m = z.gather(1, y), z.amax(1, keepdim=True)
+    total = z.sub_(m).exp_().sum(1, keepdim=True)
+    z.div_(total)
+    return total.log() + m - right
+
+# %% ../nbs/04_optim.ipynb #38dd4222
+def _at_least_32_bits(dtype: torch.dtype) -> torch.dtype:
+    "Name the type to add up numbers of this type in."
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+# %% ../nbs/04_optim.ipynb #cef7230f
+class _CrossEntropyByHand(torch.autograd.Function):
+    "Compute the mean surprise in blocks, with its gradient from the equation."
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        "Keep the probabilities, which become the gradient."
+        z, y = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1)
+        p = torch.empty_like(z) if ctx.needs_input_grad[0] else None
+        losses = torch.empty(y.shape, dtype=_at_least_32_bits(z.dtype), device=z.device)
+        rows = max(1, (2**17 if z.device.type == "cpu" else 2**26) // z.shape[1])
+        block = losses.new_empty(min(rows, len(z)), z.shape[1])
+        for i in range(0, len(z), rows):
+            here = slice(i, i + rows)
+            e = block[: len(z[here])].copy_(z[here])
+            losses[here] = _surprise(e, y[here])
+            if p is not None:
+                p[here] = e
+        ctx.shape = logits.shape
+        ctx.save_for_backward(p, y)
+        return losses.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, delta: Tensor) -> tuple[Tensor, None]:
+        "Turn the probabilities into the gradient of the logits."
+        p, y = ctx.saved_tensors
+        p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype))
+        return p.mul_(delta / len(p)).view(ctx.shape), None
+
+# %% ../nbs/04_optim.ipynb #b8f60ffe
 def cross_entropy(
     logits: Tensor,  # scores before softmax, shape (..., V), any real numbers
     targets: Tensor,  # ids of the tokens that really came next, shape (...), integers in [0, V)
@@ -24,10 +79,9 @@ def cross_entropy(
     """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"logits of shape {tuple(logits.shape)} do not fit targets of shape {tuple(targets.shape)}")
-    m = logits.detach().amax(-1, keepdim=True)
-    log_sum = (logits - m).exp().sum(-1).log() + m.squeeze(-1)
-    right = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return (log_sum - right).mean()
+    if torch.compiler.is_compiling():
+        return _cross_entropy_plain(logits, targets)
+    return _CrossEntropyByHand.apply(logits, targets)
 
 # %% ../nbs/04_optim.ipynb #a295d107
 def _adamw_update(
@@ -45,7 +99,37 @@ def _adamw_update(
     torch._foreach_add_(denominators, settings["eps"])
     torch._foreach_addcdiv_(params, ms, denominators, [-lr / (1 - beta1**t) for t in steps])
 
-# %% ../nbs/04_optim.ipynb #ea01acbd
+# %% ../nbs/04_optim.ipynb #d65c08bc
+@_compiled
+def _adamw_loop(w, g, m, v, keep, beta1, new1, beta2, new2, rate, eps):  # pragma: no cover
+    "Take one AdamW step on flat arrays, each number once."
+    for i in range(w.size):
+        m[i] = beta1 * m[i] + new1 * g[i]
+        v[i] = beta2 * v[i] + new2 * g[i] * g[i]
+        w[i] = keep * w[i] - rate * m[i] / (np.sqrt(v[i]) + eps)
+
+# %% ../nbs/04_optim.ipynb #29d00d05
+def _adamw_compiled(w: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, settings: dict[str, Any]) -> None:
+    "Take one AdamW step on one parameter, in place, in the compiled loop."
+    lr, (beta1, beta2) = settings["lr"], settings["betas"]
+    root = math.sqrt(1 - beta2**step)
+    numbers = (1 - lr * settings["weight_decay"], beta1, 1 - beta1, beta2, 1 - beta2,
+               lr * root / (1 - beta1**step), settings["eps"] * root)
+    arrays = [t.detach().view(-1).numpy() for t in (w, g, m, v)]
+    _adamw_loop(*arrays, *map(arrays[0].dtype.type, numbers))
+    torch.autograd.graph.increment_version([w, m, v])  # tells PyTorch that they have changed
+
+# %% ../nbs/04_optim.ipynb #a1da091a
+def _loop_can_take(tensors: Iterable[Any]) -> bool:
+    "Say whether these are ordinary tensors of one type, whole and in main memory."
+    dtypes = set()
+    for t in tensors:
+        if type(t) not in (Tensor, torch.nn.Parameter) or t.device.type != "cpu" or not t.is_contiguous():
+            return False
+        dtypes.add(t.dtype)
+    return len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
+
+# %% ../nbs/04_optim.ipynb #9d6b5578
 class AdamW(torch.optim.Optimizer):
     """Update parameters by Adam with decoupled weight decay (Loshchilov and Hutter 2017, arXiv:1711.05101).
 
@@ -72,11 +156,17 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            states = [self._remember(p) for p in params]
-            if params:
-                grads = [p.grad for p in params]
-                ms, vs, steps = ([state[key] for state in states] for key in ("m", "v", "step"))
+            rest = []
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self._remember(p)
+                    parts = (p, p.grad, state["m"], state["v"])
+                    if _loop_can_take(parts):
+                        _adamw_compiled(*parts, state["step"], group)
+                    else:
+                        rest.append((*parts, state["step"]))
+            if rest:
+                params, grads, ms, vs, steps = map(list, zip(*rest, strict=True))
                 _adamw_update(params, grads, ms, vs, steps, group)
         return loss
 
