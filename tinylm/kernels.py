@@ -28,9 +28,9 @@ __all__ = ['split_pretokens', 'Pretokens', 'count_pretokens', 'merge_pairs', 'En
 def _compiled(function: Callable) -> Callable:
     "Compile at the first call, and keep the code on disk where some folder can be written."
     try:
-        return numba.njit(cache=True, nogil=True)(function)
+        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
     except RuntimeError:  # neither the package's folder nor the user's cache is writable
-        return numba.njit(nogil=True)(function)
+        return numba.njit(nogil=True, error_model="numpy")(function)
 
 # %% ../nbs/09_kernels.ipynb #926841c3
 _LETTER, _NUMBER, _OTHER, _SPACE, _WHITE = range(5)  # white: whitespace other than the space

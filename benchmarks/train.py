@@ -1,0 +1,187 @@
+"""Time a training step of the reference preset in float32 on the CPU, beside Hugging Face's Llama; print tables.
+
+A step is forward, backward, clipping and AdamW. tinylm runs its own; Hugging Face's model of the same shape runs with
+PyTorch's cross-entropy, clipping and fused AdamW. The third row is the machine's limit: the matrix products with
+weights of the same step alone, in their shapes, one after the other (sgemm). Rounds alternate between the three in one
+process, and the median round counts. Peak memory is measured in a process for each model.
+
+The peer is optional: pip install transformers
+"""
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from tinylm.model import TransformerLM, flops_per_token
+from tinylm.optim import AdamW
+from tinylm.train import PRESETS, train_step
+
+KINDS = {"matrix products": ("mm", "bmm", "addmm"), "attention": ("attention",), "optimizer": ("optimizer",)}
+
+
+def tinylm_step(config, x, y):
+    model = TransformerLM(config)
+    optimizer = AdamW(model.parameters(), weight_decay=config.weight_decay)
+    return lambda: train_step(model, optimizer, (x, y), config, 1)
+
+
+def hf_step(config, x, y):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
+        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, attention_bias=False,
+        max_position_embeddings=config.context_length, rms_norm_eps=1e-5, tie_word_embeddings=False, use_cache=False)
+    model = LlamaForCausalLM(sizes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        logits = model(x).logits
+        F.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_l2_norm)
+        optimizer.step()
+
+    return step
+
+
+def products_step(config, x, y):
+    "The products with weights of one step: one forward, and two backward (for the input and for the weight)."
+    d, n = config.d_model, x.numel()
+    shapes = ([(d, d)] * 4 + [(d, config.d_ff)] * 3) * config.num_layers + [(d, config.vocab_size)]
+    pairs = {shape: (torch.randn(n, shape[0]), torch.randn(shape[1], shape[0])) for shape in set(shapes)}
+    outputs = {shape: torch.randn(n, shape[1]) for shape in set(shapes)}
+
+    def step():
+        for shape in shapes:
+            (a, w), out = pairs[shape], outputs[shape]
+            a @ w.T, out @ w, out.T @ a
+
+    flops = sum(6 * n * d_in * d_out for d_in, d_out in shapes)
+    return step, flops
+
+
+def seconds(step):
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def data(config):
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randint(config.vocab_size, (config.batch_size, config.context_length + 1), generator=draw)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def measure(config, threads, rounds):
+    "Seconds of each round, by name."
+    torch.set_num_threads(threads)
+    x, y = data(config)
+    products, flops = products_step(config, x, y)
+    steps = {"tinylm": tinylm_step(config, x, y), "Hugging Face": hf_step(config, x, y), "products alone": products}
+    for step in steps.values():
+        step()
+    times = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(seconds(step))
+    return times, flops
+
+
+def measure_optimizers(config, rounds):
+    "Seconds of one step of our AdamW and of PyTorch's fused one on the reference parameters."
+    times = {"tinylm": [], "PyTorch, fused": []}
+    optimizers = {}
+    for name in times:
+        params = [torch.nn.Parameter(torch.randn_like(p)) for p in TransformerLM(config).parameters()]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizers[name] = AdamW(params) if name == "tinylm" else torch.optim.AdamW(params, fused=True)
+        optimizers[name].step()
+    for _ in range(rounds):
+        for name, optimizer in optimizers.items():
+            times[name].append(seconds(optimizer.step))
+    return times
+
+
+def profile(config):
+    "Share of each kind of work in a step, by PyTorch's profiler."
+    x, y = data(config)
+    step = tinylm_step(config, x, y)
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    work = {}
+    for event in profiler.key_averages():
+        name = event.key.lower()
+        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "all else")
+        work[kind] = work.get(kind, 0) + event.self_cpu_time_total
+    total = sum(work.values())
+    return {kind: value / total for kind, value in sorted(work.items(), key=lambda pair: -pair[1])}
+
+
+def peak(name, batch_size):
+    "Peak memory of a process that takes two steps, in MB."
+    done = subprocess.run([sys.executable, __file__, "--peak", name, "--batch-size", str(batch_size)],
+                          capture_output=True, text=True, encoding="utf-8", check=True)
+    return float(done.stdout.split()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--batch-size", type=int, default=8, help="windows of 256 tokens")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", help="also write the figures here")
+    parser.add_argument("--peak", choices=["tinylm", "Hugging Face"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    config = replace(PRESETS["reference"], batch_size=options.batch_size)
+    if options.peak:
+        step = (tinylm_step if options.peak == "tinylm" else hf_step)(config, *data(config))
+        step(), step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+        return
+
+    tokens = config.batch_size * config.context_length
+    needed = 3 * flops_per_token(config) * tokens
+    record = {"command": "python benchmarks/train.py", "batch_size": config.batch_size, "rounds": options.rounds,
+              "environment": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+                              "python": platform.python_version(), "torch": torch.__version__},
+              "peak_mb": {name: peak(name, config.batch_size) for name in ("tinylm", "Hugging Face")}}
+    record["steps"], record["optimizers"] = {}, {}
+    print("| threads | | s a step | tokens/s | GFLOP/s | share of products alone | peak MB |")
+    print("|---:|---|---:|---:|---:|---:|---:|")
+    for threads in options.threads:
+        times, flops = measure(config, threads, options.rounds)
+        limit = flops / statistics.median(times["products alone"])
+        for name, values in times.items():
+            middle = statistics.median(values)
+            rate = (flops if name == "products alone" else needed) / middle
+            memory = f"{record['peak_mb'][name]:,.0f}" if name in record["peak_mb"] else ""
+            speed = "" if name == "products alone" else f"{tokens / middle:,.0f}"
+            print(f"| {threads} | {name} | {middle:.2f} | {speed} | {rate / 1e9:.1f} | {rate / limit:.2f} | {memory} |")
+        ratios = [hf / ours for hf, ours in zip(times["Hugging Face"], times["tinylm"], strict=True)]
+        record["steps"][threads] = {"seconds": times, "flops": {"step": needed, "products": flops},
+                                    "faster_than_hf": statistics.median(ratios)}
+        record["optimizers"][threads] = optimizers = measure_optimizers(config, 3 * options.rounds)
+        ours, fused = (1000 * statistics.median(values) for values in optimizers.values())
+        print(f"\n{threads} thread(s): {statistics.median(ratios):.2f} times as fast as Hugging Face (median ratio "
+              f"of the rounds); AdamW {ours:.0f} ms, fused {fused:.0f} ms\n")
+    record["profile"] = profile(config)
+    print("Where a step goes:", ", ".join(f"{kind} {share:.0%}" for kind, share in record["profile"].items()))
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
