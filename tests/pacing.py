@@ -14,6 +14,7 @@ MEDIAN_LINES = 6  # most cells hold one thought; the compiled kernels need a lin
 LESSON_LINES = 15  # a longer one does several things at once, or wants a function
 FUNCTION_LINES = 30  # a function of this size wants to be two
 CLASS_LINES = 50  # a class is shown whole, so its cell may be long
+TABLE_ROWS = 4  # from here on a dictionary with names is data to look up, not steps to follow
 WORDS_PER_LINE = 3  # under it, code is shown and not taught
 NOTEBOOK_KB = 300  # loads at once on a phone, and a review of it stays readable
 PICTURE_KB = 60  # enough for a sharp plot of the book's width
@@ -22,8 +23,15 @@ EXERCISES = (2, 4)  # enough to practise, few enough to be done
 CALLS_BESIDE_IMPORTS = {"plt.style.use", "torch.manual_seed", "torch.set_num_threads"}  # settings of what was imported
 
 
+def is_table(node: ast.AST) -> bool:
+    "Whether a dictionary is read like a table: four rows or more, each under a name."
+    names = [isinstance(key, ast.Constant) and isinstance(key.value, str) for key in getattr(node, "keys", [])]
+    return isinstance(node, ast.Dict) and len(names) >= TABLE_ROWS and all(names)
+
+
 def code_lines(source: str) -> int:
-    "Lines to think about: no blank line, comment, docstring or directive; a signature or a long text counts as one."
+    """Lines to think about: no blank line, comment, docstring or directive; a signature, a long text or a table whose
+    rows have names counts as one."""
     tree = ast.parse(re.sub(r"^[%!].*$", "pass", source, flags=re.MULTILINE))
     skip = set()
     for node in ast.walk(tree):
@@ -31,7 +39,7 @@ def code_lines(source: str) -> int:
             skip |= set(range(node.lineno + 1, node.body[0].lineno))
             if ast.get_docstring(node):
                 skip.add(node.body[0].lineno)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) or is_table(node):
             skip |= set(range(node.lineno + 1, node.end_lineno + 1))
     lines = enumerate(source.splitlines(), 1)
     return sum(n not in skip and bool(line.strip()) and not line.strip().startswith("#") for n, line in lines)

@@ -39,6 +39,12 @@ def test_chapter(path):
     assert pacing.check(path)[1] == []
 
 
+def test_a_table_with_names_counts_as_one_line_and_a_shorter_one_does_not():
+    rows = [f'    "{name}": {i},' for i, name in enumerate("abcd")]
+    assert pacing.code_lines("\n".join(["x = {", *rows, "}"])) == 1
+    assert pacing.code_lines("\n".join(["x = {", *rows[:3], "}"])) == 5
+
+
 def test_good_lesson_passes(tmp_path):
     assert faults_of(LESSON, tmp_path) == []
 
