@@ -1,4 +1,5 @@
 """Real JupyterLab in a real browser opens every chapter and runs all of it, as a student will."""
+import contextlib
 import json
 import os
 import re
@@ -75,11 +76,16 @@ def faults_in(page, notebook: Path, pictures: int) -> list[str]:
     "Save the notebook that ran and tell what is wrong with it."
     before = notebook.stat().st_mtime_ns
     page.keyboard.press("Control+s")
+    saved = None
     for _ in range(100):
         page.wait_for_timeout(100)
         if notebook.stat().st_mtime_ns != before:
-            break
-    cells = [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+            with contextlib.suppress(json.JSONDecodeError):  # Lab empties the file before it writes
+                saved = json.loads(notebook.read_text(encoding="utf-8"))
+                break
+    if saved is None:
+        return ["it was not saved"]
+    cells = [c for c in saved["cells"] if c["cell_type"] == "code"]
     outputs = [o for c in cells for o in c["outputs"]]
     faults = [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
     not_run = sum(bool("".join(c["source"]).strip()) and c["execution_count"] is None for c in cells)
