@@ -184,20 +184,20 @@ def test_divergence_has_its_own_code(own, capfd):
 
 
 def test_the_source_command_is_accepted_unchanged():
-    config, _ = cli._train_config(SOURCE)
+    config, _ = cli._train_options(SOURCE)
     for flag, value in zip(SOURCE[::2], SOURCE[1::2], strict=True):
         assert getattr(config, flag[2:]) == float(value)
     assert config.last_step == 20_000 and config.corpus == "fables"
 
 
 def test_both_spellings_and_presets():
-    a, _ = cli._train_config(["--batch_size", "3", "--no-use_rope", "--preset", "debug"])
-    b, _ = cli._train_config(["--preset=debug", "--batch-size=3", "--no_use_rope"])
-    c, _ = cli._train_config(["--preset", "debug", "--batch-size", "3", "--no-use-rope"])
+    a, _ = cli._train_options(["--batch_size", "3", "--no-use_rope", "--preset", "debug"])
+    b, _ = cli._train_options(["--preset=debug", "--batch-size=3", "--no_use_rope"])
+    c, _ = cli._train_options(["--preset", "debug", "--batch-size", "3", "--no-use-rope"])
     assert a == b == c and a.batch_size == 3 and not a.use_rope and a.preset == "debug"
-    assert cli._train_config([])[0].preset == "laptop"
-    assert cli._train_config(["--lr", "1", "--lr", "2"])[0].lr == 2
-    assert cli._train_config(["--max_steps", "None"])[0].max_steps is None
+    assert cli._train_options([])[0].preset == "laptop"
+    assert cli._train_options(["--lr", "1", "--lr", "2"])[0].lr == 2
+    assert cli._train_options(["--max_steps", "None"])[0].max_steps is None
 
 
 def test_arguments_without_flags_may_stand_anywhere(own, capfd):

@@ -2,6 +2,8 @@
 import os
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -248,3 +250,31 @@ def test_the_floor_is_only_for_fables(base):
     tokens = np.array(tokenizer.encode(f"This is no fable.{END_OF_TEXT}"))
     with pytest.raises(InputError):
         fables_floor(tokens, tokenizer, 1000)
+
+
+FORESEE = """
+import resource, sys, time
+from dataclasses import replace
+import torch
+from tinylm.train import PRESETS, forecast, train
+torch.set_num_threads(1)
+config = replace(PRESETS["laptop"], corpus=sys.argv[1], val_corpus=sys.argv[1], data_dir=sys.argv[2] + "/data",
+                 run_dir=sys.argv[2] + "/run", vocab_size=1024, batch_size=64, max_steps=4, eval_windows=16)
+foreseen = forecast(config, budget=3)
+began = time.perf_counter()
+train(config)
+print(foreseen.seconds, time.perf_counter() - began)
+print(foreseen.peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+def test_a_forecast_is_near_what_happens(base, tmp_path):
+    "Memory and time of a run of seconds, within a quarter; others may use the machine, so time has three tries."
+    for attempt in range(3):
+        argv = [base.corpus, str(tmp_path / str(attempt))]
+        done = subprocess.run([sys.executable, "-c", FORESEE, *argv], capture_output=True, text=True, timeout=120)
+        seconds, memory = (tuple(map(float, line.split())) for line in done.stdout.splitlines()[-2:])
+        assert memory[0] == pytest.approx(memory[1], rel=0.25)
+        if seconds[0] == pytest.approx(seconds[1], rel=0.25):
+            return
+    pytest.fail(f"forecast {seconds[0]:.2f} seconds, and it took {seconds[1]:.2f}")

@@ -202,17 +202,17 @@ def _tokenize(argv: Sequence[str]) -> int:
     return 0
 
 # %% ../nbs/10_cli.ipynb #169c94dc
-def _train_config(argv: Sequence[str]) -> tuple[Any, set[str]]:
-    "Return the TrainConfig that the arguments describe, and the names of the flags that were given."
-    from tinylm.train import PRESETS, TrainConfig, _read_config
+def _train_options(argv: Sequence[str]) -> tuple[Any, set[str]]:
+    "Return the TrainOptions that the arguments describe, and the names of the flags that were given."
+    from tinylm.train import PRESETS, TrainOptions, _read_config
 
-    given, _ = _sort(argv, get_type_hints(TrainConfig), "train")
+    given, _ = _sort(argv, get_type_hints(TrainOptions), "train")
     if "resume" in given:
         default = _read_config(Path(given["resume"][-1]))[0]
     else:
         default = PRESETS.get(given.get("preset", ["", "laptop"])[-1], PRESETS["laptop"])
-    config, _, names = _parse(TrainConfig, argv, "train", default)
-    return config, names
+    options, _, names = _parse(TrainOptions, argv, "train", TrainOptions(**vars(default)))
+    return options, names
 
 # %% ../nbs/10_cli.ipynb #66dd151e
 def _story(model: Any, tokenizer: Any, step: int) -> str:
@@ -231,15 +231,19 @@ def _end(tokenizer: Any) -> int | None:
 # %% ../nbs/10_cli.ipynb #c98f6ee2
 def _train(argv: Sequence[str]) -> int:
     "Run `tinylm train`."
-    from tinylm.train import Diverged, resume, train
+    from tinylm.train import Diverged, forecast, resume, train
 
-    config, given = _train_config(argv)
+    options, given = _train_options(argv)
+    config = options.config()
+    if options.plan:
+        print(forecast(config))
+        return 0
     try:
         if config.resume is not None:
             changes = {name: getattr(config, name) for name in given - {"resume", "allow_changes"}}
             run = resume(config.resume, on_eval=_story, changes=changes, allow_changes=config.allow_changes)
         else:
-            print(_plan(config), flush=True)
+            print(_intent(config), flush=True)
             run = train(config, on_eval=_story)
     except Diverged as error:
         print(f"tinylm: {error}", file=sys.stderr)
@@ -248,7 +252,7 @@ def _train(argv: Sequence[str]) -> int:
     return 0
 
 # %% ../nbs/10_cli.ipynb #249b1e7f
-def _plan(config: Any) -> str:
+def _intent(config: Any) -> str:
     "Say in a line what is about to be trained."
     from tinylm.model import num_parameters
 
@@ -479,13 +483,13 @@ def _overview() -> str:
 def _help_of(verb: str, argv: Sequence[str]) -> int:
     "Print the help of a verb."
     if verb == "train":
-        from tinylm.train import PRESETS, TrainConfig
+        from tinylm.train import PRESETS, TrainOptions
 
         preset = next((name for name in PRESETS if name in argv or f"--preset={name}" in argv), "laptop")
         about = ("Train a model, making corpus, tokenizer and token files first where they are missing."
                  f" A preset gives the defaults (here: {preset}), and each flag overrides one."
                  " With --resume RUN the run's own settings are the defaults.")
-        return _help(TrainConfig, "tinylm train", PRESETS[preset], about)
+        return _help(TrainOptions, "tinylm train", TrainOptions(**vars(PRESETS[preset])), about)
     if verb in ("search", "ablate"):
         from tinylm.ablations import SweepConfig
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'get_batch', 'evaluate', 'evaluate_stories', 'fables_floor', 'TrainConfig', 'prepare', 'Diverged',
            'train_step', 'save_checkpoint', 'load_checkpoint', 'Stopped', 'train', 'resume', 'load_run', 'plot_run',
-           'plot_watch', 'record_run']
+           'plot_watch', 'Forecast', 'forecast', 'TrainOptions', 'record_run']
 
 # %% ../nbs/05_train.ipynb #8f3c357b
 import errno
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import tinylm
 from .data import END_OF_TEXT, InputError, atomic_write, corpus_name, fable_logprob, fetch_corpus
-from .model import ModelConfig, TransformerLM
+from .model import ModelConfig, TransformerLM, flops_per_token, memory_table, num_parameters
 from .optim import AdamW, clip_grad_norm, cosine_lr, cross_entropy
 from .tokenizer import TokenFile, Tokenizer, file_sha256, train_bpe
 
@@ -1218,6 +1218,127 @@ def plot_watch(
     figure.suptitle(name)
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=5, loc="outside lower center")
     return figure
+
+# %% ../nbs/05_train.ipynb #224860af
+def _time_steps(config: TrainConfig, device: str, budget: float) -> dict[int, float]:
+    """Time steps with 1, 2, 4, ... sequences of random tokens: the better of two, in seconds, by number."""
+    model = TransformerLM(config, seed=config.seed).to(device)
+    optimizer, config = AdamW(model.parameters(), lr=0.0), replace(config, grad_accum_steps=1)
+    times: dict[int, float] = {}
+    size, end = 1, time.perf_counter() + budget
+    while size <= config.batch_size and (not times or time.perf_counter() + 4 * times[size // 2] < end):
+        rows = torch.randint(config.vocab_size, (size, config.context_length + 1), device=device)
+        times[size] = min(_time_step(model, optimizer, (rows[:, :-1], rows[:, 1:]), config) for _ in range(2))
+        size *= 2
+    return times
+
+
+def _time_step(model: nn.Module, optimizer: AdamW, batch: tuple[Tensor, Tensor], config: TrainConfig) -> float:
+    """Take a step and return its seconds; reading the norm waits for a GPU."""
+    began = time.perf_counter()
+    optimizer.zero_grad()
+    _add_gradients(model, batch, config)
+    clip_grad_norm(model.parameters(), config.max_l2_norm).item()
+    optimizer.step()
+    return time.perf_counter() - began
+
+# %% ../nbs/05_train.ipynb #c1f006d4
+def _seconds(config: TrainConfig, times: dict[int, float]) -> tuple[float, float]:
+    """Forecast the time of a step and of a whole run from the times of small steps."""
+    (*_, (n, t)) = times.items()
+    each = (t - times[n // 2]) / (n - n // 2) if n > 1 else t
+    step = t + (config.batch_size - n) * each
+    evaluations = 1 + math.ceil(config.last_step / config.eval_every)
+    return step, config.last_step * step + evaluations * config.eval_windows * each / 3
+
+# %% ../nbs/05_train.ipynb #c1802173
+def _memory_held(device: str) -> int:
+    """Count the bytes that this process holds on the device; 0 where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _memory_there(device: str) -> int | None:
+    """Count the bytes of memory that the device has in all; None where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    names = getattr(os, "sysconf_names", {})
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in names else None
+
+# %% ../nbs/05_train.ipynb #cd7da1d0
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take; printed, it is a table."""
+
+    config: TrainConfig  # of the run
+    memory: dict[str, int]  # bytes by purpose, as in memory_table
+    peak: int  # bytes at the most: these, and what the process held before
+    capacity: int | None  # bytes that the device has, None if unknown
+    measured: int  # sequences in the largest step that was timed
+    step_seconds: float  # for one step of the whole batch
+    seconds: float  # for all steps and evaluations
+
+    def __str__(self) -> str:
+        """Write the table."""
+        config, steps = self.config, self.config.last_step
+        tokens = config.batch_size * config.context_length
+        operations = 3 * tokens * flops_per_token(config)
+        speed = f"{tokens / self.step_seconds:,.0f} tokens/s, {operations / self.step_seconds / 1e9:,.0f} GFLOP/s"
+        rows = {
+            "parameters": f"{num_parameters(config):,}",
+            "tokens": f"{steps * tokens:,} in {steps:,} steps of {tokens:,}",
+            "operations": f"{steps * operations:.3g} in all, {operations:.3g} a step",
+            "memory": f"at most {self.peak / 1e9:.2f} GB{self._fits()}",
+            "  in MB": ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in self.memory.items()),
+            "time": f"{_duration(self.seconds)}, {self.step_seconds:.3g} seconds a step",
+            "speed": f"{speed}, timed with {self.measured} of {config.batch_size} sequences",
+        }
+        return "\n".join(f"{name:11} {text}" for name, text in rows.items())
+
+    def _fits(self) -> str:
+        """Say whether the memory suffices."""
+        if self.capacity is None:
+            return ""
+        advice = "it fits" if self.peak < self.capacity else "too much; raise --grad_accum_steps"
+        return f", of the {self.capacity / 1e9:.0f} GB there are: {advice}"
+
+# %% ../nbs/05_train.ipynb #da9972c2
+def _duration(seconds: float) -> str:
+    """Write a time for people."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+# %% ../nbs/05_train.ipynb #e9995b82
+def forecast(
+    config: TrainConfig,  # the run to foresee
+    budget: float = 10.0,  # seconds that the measurement may take, at least two steps with one sequence
+) -> Forecast:  # its memory and time on this machine
+    """Foresee what a run will take, without data: memory by formula, time from a few steps with random tokens."""
+    device = _check_machine(config)
+    _time_steps(replace(PRESETS["debug"], batch_size=1), device, 0)  # loads all code that a step needs
+    sequences = config.batch_size // config.grad_accum_steps
+    memory = memory_table(config, sequences)
+    peak = _memory_held(device) + sum(memory.values())
+    times = _time_steps(config, device, budget)
+    return Forecast(config, memory, peak, _memory_there(device), max(times), *_seconds(config, times))
+
+# %% ../nbs/05_train.ipynb #fad56d62
+@dataclass(frozen=True)
+class TrainOptions(TrainConfig):
+    """What `tinylm train` takes: the config of a run, and whether only to foresee it."""
+
+    plan: bool = False  # tell the size, memory and time of the run, and train nothing
+
+    def config(self) -> TrainConfig:
+        """Give the config alone."""
+        return TrainConfig(**{f.name: getattr(self, f.name) for f in fields(TrainConfig)})
 
 # %% ../nbs/05_train.ipynb #0f93dd73
 def record_run(
