@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lab docs bench clean
+.PHONY: help demo test lab docs bench ablations references clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## / \t/'
@@ -38,6 +38,16 @@ docs: .venv/dev  ## build the site into _docs (Quarto if it is on PATH, else a s
 
 bench: .venv/dev  ## measure tinylm beside other tools
 	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
+
+CORPUS := --corpus data/tinystories-sample.txt.gz --val_corpus data/tinystories-sample-valid.txt.gz
+ablations: .venv/run  ## make the missing records of chapter 06 (hours; CORPUS= for TinyStories of your own)
+	$(BIN)/tinylm ablate --plan data/results/ablations/plan.json --out data/results/ablations/tinystories $(CORPUS)
+	$(BIN)/tinylm ablate --plan data/results/ablations/plan-fables.json --out data/results/ablations/fables
+
+references: .venv/run  ## make the curves that tinylm compare knows (half an hour)
+	$(BIN)/tinylm search --preset debug --lrs 0.02 --seeds 0,1,2,3,4 --out data/results/bands
+	$(BIN)/tinylm search --preset laptop --lrs 0.01 --seeds 0,1,2,3,4 --out data/results/bands
+	$(BIN)/python -c "from tinylm.ablations import write_references as w; w('data/results/bands', 'tinylm/bands.json')"
 
 clean:  ## remove everything that was built, .venv included
 	rm -rf .venv _docs _proc .quarto build dist *.egg-info runs
