@@ -69,11 +69,14 @@ def lesson_faults(name: str, later: list[tuple[ast.Module, bool]]) -> list[str]:
     known, shown, asserted = {name}, False, False
     for tree, has_output in later:
         for node in tree.body:
-            if names_in(node) & known:  # what is made of it carries it on
-                known |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-                known |= {node.name} if isinstance(node, ast.FunctionDef) else set()
+            stored = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            loaded = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+            if loaded & known:  # what is made of it carries it on
+                known |= stored | ({node.name} if isinstance(node, ast.FunctionDef) else set())
                 asserted |= bool(re.search(r"\bassert|\braises\b", ast.unparse(node)))
                 shown |= has_output
+            elif isinstance(node, ast.Assign):
+                known -= stored - {name}  # made anew, of other things
     return [f"{name} is never {what} after its definition" for what, seen in
             [("shown", shown), ("asserted", asserted)] if not seen]
 

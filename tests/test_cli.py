@@ -113,7 +113,7 @@ def test_a_choice_out_of_range(choice, word, own, capfd):
 
 def test_empty_corpus(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
     assert "empty.txt" in complaint(capfd, "train", *SMALL, "--corpus", "empty.txt", "--run_dir", "new")
     assert not (tmp_path / "new").exists() and not leftovers(tmp_path)
 
@@ -188,6 +188,15 @@ def test_the_source_command_is_accepted_unchanged():
     for flag, value in zip(SOURCE[::2], SOURCE[1::2], strict=True):
         assert getattr(config, flag[2:]) == float(value)
     assert config.last_step == 20_000 and config.corpus == "fables"
+
+
+def test_the_source_model_takes_a_step(own):
+    "At its full size; of batch and validation a little."
+    little = "--batch_size 1 --max_steps 1 --eval_windows 1 --corpus corpus.txt --run_dir source --device cpu".split()
+    done = process("train", *SOURCE, *little, cwd=own)
+    assert done.returncode == 0 and "22,696,448 parameters" in done.stdout, done.stderr
+    saved = json.loads((own / "source/config.json").read_text(encoding="utf-8"))
+    assert saved["d_ff"] == 1344 and saved["cosine_cycle_iters"] == 20000
 
 
 def test_both_spellings_and_presets():
@@ -276,7 +285,8 @@ def test_a_closed_pipe_is_quiet(own):
 
 def wait_for_step(child, run, step):
     for _ in range(600):
-        lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+        log = run / "metrics.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
         if lines and json.loads(lines[-1])["step"] >= step:
             return
         assert child.poll() is None, child.stderr.read()
@@ -301,7 +311,7 @@ def test_interrupt_terminate_and_resume(own):
         step = int(states[-1].parent.name[5:])
         argv = ["train", "--resume", "long"]
     assert cli.main(["train", "--resume", "long", "--max_steps", str(step + 10)]) == 0
-    steps = [json.loads(line)["step"] for line in (own / "long/metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in (own / "long/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert steps[-1] == step + 10 and steps == sorted(set(steps))
 
 

@@ -52,6 +52,16 @@ def test_permissions_follow_the_umask(tmp_path, umask, mode):
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("text", "bytes")] == [mode, mode]
 
 
+def test_the_disk_has_the_file_before_it_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda *a: (calls.append("fsync"), fsync(*a)))
+    monkeypatch.setattr(os, "replace", lambda *a: (calls.append("replace"), replace(*a)))
+    with atomic_write(tmp_path / "a.bin") as file:
+        file.write(b"new")
+    assert calls[:2] == ["fsync", "replace"]
+
+
 def test_a_link_stays_a_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with atomic_write(tmp_path / "link", "w") as file:
@@ -100,7 +110,7 @@ def test_a_really_full_disk(tmp_path):
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(InputError, match="cannot write"), atomic_write(tmp_path / "file" / "a.txt"):
         pass
 
@@ -348,7 +358,7 @@ def test_a_file_of_your_own(tmp_path, capsys):
 )
 def test_files_that_are_no_corpus_are_refused_and_nothing_is_written(tmp_path, name, text, message):
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=message) as caught:
         fetch_corpus(str(tmp_path / name), tmp_path / "data")
     assert "\n" not in str(caught.value) and not (tmp_path / "data").exists()

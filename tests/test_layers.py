@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from tinylm.layers import RMSNorm, SwiGLU, _GateByHand, _RMSNormByHand, rms_norm, silu
+from tinylm.layers import Embedding, RMSNorm, SwiGLU, _GateByHand, _RMSNormByHand, rms_norm, silu
 from tinylm.model import ModelConfig, TransformerLM
 from tinylm.optim import cross_entropy
 
@@ -112,3 +112,8 @@ def test_without_gradients_the_same_numbers_come_out():
         assert_close(model(ids), trained, rtol=1e-5, atol=1e-5)
     with torch.inference_mode():
         cross_entropy(model(ids), ids)
+
+
+def test_embeddings_begin_with_a_spread_of_one_cut_at_three():
+    weight = Embedding(2000, 64).weight
+    assert abs(weight.std() - 0.987) < 0.01 and 2.9 < weight.abs().max() <= 3

@@ -56,6 +56,7 @@ def test_good_lesson_passes(tmp_path):
     (4, "#| exports\ndef double(x):\n    return 2 * x", None, "no docstring"),
     (4, '#| exports\ndef double(x):\n    "Double a number."\n' + "    x = x\n" * 31, None, "lines of code"),
     (5, "y = 4\ny", None, "never shown"),
+    (6, "y = 4\nassert y == 4", None, "never asserted"),
     (6, "y == 4", None, "never asserted"),
     (6, "assert y == 4\n" + "y += 0\n" * 15, None, "lines of code"),
     (5, "y = double(2)\ny", [result(text_plain="4\n" * 50)], "an output of 50 lines"),

@@ -1,9 +1,13 @@
 """The package as its users get it: built, installed in an empty folder, run from anywhere."""
+import ast
+import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -59,6 +63,57 @@ def test_package_imports_neither_development_tools_nor_torch_for_text():
     assert not {"nbdev", "fastcore", "jaxtyping", "einops", "pytest", "IPython"} & set(loaded.stdout.split())
     for name in ("tokenizer", "data"):
         assert "torch" not in run(sys.executable, "-c", code, name, cwd=ROOT).stdout.split(), name
+
+
+def imports_of(path: Path) -> set[str]:
+    "The modules that a module of the package needs to be imported itself."
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            base = ("tinylm." if node.level else "") + (node.module or "")
+            found |= {base} if node.module else {base + alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_what_the_package_imports_is_installed_with_it():
+    config = configparser.ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    required = {re.split(r"[>=<]", name)[0].replace("_", "-") for name in config["DEFAULT"]["requirements"].split()}
+    for path in (ROOT / "tinylm").glob("*.py"):
+        for module in {name.split(".")[0] for name in imports_of(path)} - sys.stdlib_module_names - {"tinylm"}:
+            owners = {name.replace("_", "-") for name in packages_distributions()[module]}
+            assert owners & required, f"{path.name} imports {module}, which settings.ini does not require"
+
+
+def test_a_chapter_builds_on_those_before_it():
+    "But for the compiled loops of 09, which tokenizer, optimizer and generation call."
+    order = [path.stem.split("_", 1)[1] for path in CHAPTERS]
+    for i, name in enumerate(order):
+        modules = imports_of(ROOT / f"tinylm/{name}.py")
+        ours = {module.split(".")[1] for module in modules if module.startswith("tinylm.")}
+        late = ours - set(order[:i]) - {"kernels", "__version__"}
+        assert not late - ({"answers"} if name == "check" else set()), f"{name} imports {late}"
+
+
+def test_what_the_book_builds_is_not_taken_from_torch():
+    "Except as the reference in a check."
+    ready = {"Linear", "Embedding", "RMSNorm", "SiLU", "silu", "softmax", "cross_entropy", "CrossEntropyLoss", "AdamW",
+             "MultiheadAttention", "rms_norm", "clip_grad_norm_", "CosineAnnealingLR"}
+    for path in (ROOT / "tinylm").glob("*.py"):
+        if path.stem not in ("check", "answers"):
+            names = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                     if isinstance(node, ast.Attribute) and node.attr in ready}
+            assert not {name for name in names if name.split(".")[0] in ("torch", "nn", "F")}, path.name
+
+
+def test_the_targets_that_pages_name_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data/README.md", *CHAPTERS]:
+        named = set(re.findall(r"`make ([a-z]+)", path.read_text(encoding="utf-8")))
+        assert named <= targets, f"{path.name} names {named - targets}"
 
 
 def tool(name: str, *arguments: str, cwd: Path = ROOT) -> str:

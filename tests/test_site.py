@@ -94,7 +94,9 @@ def test_every_public_name_is_documented(site):
         names = re.findall(r"^(?:def|class) ([a-zA-Z]\w*)", source, re.MULTILINE)
         html = (site / f"nbs/{path.stem}.html").read_text(encoding="utf-8")
         for name in names:
-            assert re.search(rf"<h3[^>]*>(<[^>]*>)*{name}<", html), f"{path.name} does not document {name}"
+            found = re.search(rf"<h3[^>]*>(<[^>]*>)*{name}<(.*?)(<h[123]|$)", html, re.DOTALL)
+            assert found, f"{path.name} does not document {name}"
+            assert "<pre" in found[2] and "source" in found[2], f"{path.name}: {name} without signature or source link"
 
 
 @pytest.mark.parametrize("size", SIZES)
