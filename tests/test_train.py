@@ -227,15 +227,35 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(config):
 # --- learning
 
 
-def test_the_debug_preset_learns_and_stays_above_the_floor(tmp_path):
+def test_the_debug_preset_learns_and_stays_above_the_floor(tmp_path, capsys):
     "Validation loss below the floor would be leakage; a loss that does not fall would be a broken step."
     config = replace(PRESETS["debug"], corpus=write_fables(tmp_path / "t.txt", 1000, 0), data_dir=str(tmp_path))
     run = train(replace(config, val_corpus=write_fables(tmp_path / "v.txt", 50, 1), run_dir=str(tmp_path / "run")))
     rows = metrics(run)
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 2
     assert rows[-1]["floor"] - 0.01 < rows[-1]["story_loss"] < rows[0]["val_loss"] - 2
+    assert "must have come" not in capsys.readouterr().out
     record = record_run(run, tmp_path / "record.json")
     assert record["curve"] == rows and record["diverged_at_step"] is None
+
+
+def test_validation_stories_in_the_training_text_are_noticed(tmp_path, capsys):
+    "A model that has them by heart goes below the floor, which no other can."
+    config = replace(PRESETS["debug"], d_model=64, vocab_size=1024, lr=1e-2, warmup_iters=20, cosine_cycle_iters=200,
+                     corpus=write_fables(tmp_path / "t.txt", 16, 0), data_dir=str(tmp_path), eval_every=200)
+    run = train(replace(config, val_corpus=config.corpus, run_dir=str(tmp_path / "run")))
+    last = metrics(run)[-1]
+    assert last["story_loss"] < last["floor"] - 0.01 and last["stories"] == 16
+    assert "must have come with the training text" in capsys.readouterr().out
+
+
+def test_a_context_too_short_for_any_fable_is_told(tmp_path, capsys):
+    folder = tmp_path / "data/fables"
+    folder.mkdir(parents=True)
+    config = replace(PRESETS["debug"], context_length=32, data_dir=str(tmp_path / "data"), max_steps=1)
+    run = train(replace(config, run_dir=str(tmp_path / "run")))
+    assert "floor" not in metrics(run)[-1]
+    assert "the floor stays unknown: no story fits into context_length 32" in capsys.readouterr().err
 
 
 def test_evaluation_is_deterministic_and_knows_no_seed(base):

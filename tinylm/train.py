@@ -684,8 +684,8 @@ def _evaluate_and_log(run: _Run) -> None:
         raise Diverged(run.step, val_loss, math.nan)
     more = {"val_loss": val_loss}
     if run.floor is not None and run.step == run.config.last_step:
-        loss, _, _ = evaluate_stories(run.model, run.valid_tokens, _end_id(run.tokenizer))
-        more |= {"story_loss": loss, "floor": run.floor}
+        loss, _, stories = evaluate_stories(run.model, run.valid_tokens, _end_id(run.tokenizer))
+        more |= {"story_loss": loss, "floor": run.floor, "stories": stories}
     run.log.line(run.config, run.step, **more)
     text = run.on_eval(run.model, run.tokenizer, run.step) if run.on_eval else None
     if text is not None:
@@ -1031,8 +1031,10 @@ def _describe_data(config: TrainConfig, tokenizer: Tokenizer, files: _Files, tex
     train_file, valid_file = files
     try:
         floor = fables_floor(valid_file.tokens(), tokenizer, config.context_length)
-    except InputError:
+    except InputError as error:
         floor = None
+        if corpus_name(config.corpus) == "fables":
+            _say(f"the floor stays unknown: {error}")
     return {
         "name": corpus_name(config.corpus), "bytes": text.stat().st_size, "tokens": train_file.count,
         "sha256": train_file.sha256, "valid_tokens": valid_file.count, "valid_sha256": valid_file.sha256,
@@ -1143,7 +1145,10 @@ def _report(run_dir: Path) -> None:
     line = f"validation loss {last['val_loss']:.4f} nats per token after step {last['step']}"
     if "floor" in last:
         loss, floor = last["story_loss"], last["floor"]
-        line += f"; on whole stories {loss:.4f}, and the floor is {floor:.4f}: excess {loss - floor:.4f}"
+        line += f"; on the {last['stories']:,} stories that fit whole {loss:.4f}, and their floor is {floor:.4f}:"
+        line += f" excess {loss - floor:.4f}"
+        if loss < floor - 0.01:
+            line += ". No model can know that much: validation stories must have come with the training text"
     tqdm.write(line)
 
 # %% ../nbs/05_train.ipynb #4ece0a60
