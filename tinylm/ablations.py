@@ -132,7 +132,7 @@ def load_plans(
 # %% ../nbs/06_ablations.ipynb #94df1ffb
 _NO_EFFECT = {
     "preset", "corpus", "val_corpus", "data_dir", "run_dir", "resume", "device",
-    "watch", "log_every", "checkpoint_every",
+    "watch", "log_every", "checkpoint_every", "fsdp", "tracker", "max_minutes", "allow_changes",
 }  # fmt: skip
 
 
@@ -853,9 +853,11 @@ def _reference_for(config: dict[str, Any], corpus: dict[str, Any], references: d
     if key not in references:
         raise InputError(f"no reference curves for {key}; there are {', '.join(references)}")
     reference = references[key]
-    for field, expected in reference["config"].items():
-        if config[field] != expected:
-            raise InputError(f"the run has {field} {config[field]}, the reference for {key} has {expected}")
+    default = asdict(TrainConfig())  # a run or a reference may be older than a field
+    ours, theirs = (_what_counts({**default, **c}) for c in (config, reference["config"]))
+    for field in (field for field in default if field in ours):
+        if ours[field] != theirs[field]:
+            raise InputError(f"the run has {field} {ours[field]}, the reference for {key} has {theirs[field]}")
     if corpus["sha256"] != reference["sha256"]:
         raise InputError(f"the run's corpus {corpus['name']} is another text than that of the reference ({key})")
     return reference
