@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'get_batch', 'evaluate', 'evaluate_stories', 'fables_floor
            'train_step', 'save_checkpoint', 'load_checkpoint', 'Stopped', 'train', 'resume', 'load_run', 'plot_run',
            'plot_watch', 'record_run']
 
-# %% ../nbs/05_train.ipynb #8f3c357b
+# %% ../nbs/05_train.ipynb #fb39c83e
 import errno
 import hashlib
 import importlib.util
@@ -38,6 +38,18 @@ from tqdm import tqdm
 
 import tinylm
 from .data import END_OF_TEXT, InputError, atomic_write, corpus_name, fable_logprob, fetch_corpus
+from tinylm.distributed import (
+    can_restart,
+    gathered,
+    joined,
+    max_over_ranks,
+    mean_over_ranks,
+    on_rank0,
+    rank,
+    spread,
+    whole,
+    world_size,
+)
 from .model import ModelConfig, TransformerLM
 from .optim import AdamW, clip_grad_norm, cosine_lr, cross_entropy
 from .tokenizer import TokenFile, Tokenizer, file_sha256, train_bpe
@@ -81,7 +93,7 @@ def get_batch(
     starts = _draw_starts(tokens, batch_size, context_length, rng or np.random.default_rng())
     return _windows(tokens, starts, context_length, device)
 
-# %% ../nbs/05_train.ipynb #a3541cc4
+# %% ../nbs/05_train.ipynb #8137be83
 def _starts_of_step(tokens: np.ndarray, config: "TrainConfig", step: int) -> np.ndarray:
     """Draw the batch of one step, which depends on the seed and the step and on nothing else."""
     rng = np.random.default_rng([config.seed, step])
@@ -89,8 +101,9 @@ def _starts_of_step(tokens: np.ndarray, config: "TrainConfig", step: int) -> np.
 
 
 def _batch_of_step(tokens: np.ndarray, config: "TrainConfig", step: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Gather the windows of one step."""
-    return _windows(tokens, _starts_of_step(tokens, config, step), config.context_length, device)
+    """Gather the windows of one step; of several processes, each takes its share."""
+    starts = _starts_of_step(tokens, config, step)[rank() :: world_size()]
+    return _windows(tokens, starts, config.context_length, device)
 
 # %% ../nbs/05_train.ipynb #34a942d6
 def _validation_starts(num_tokens: int, context_length: int, num_windows: int) -> np.ndarray:
@@ -170,7 +183,7 @@ def _end_id(tokenizer: Tokenizer) -> int:
         raise InputError(f"the tokenizer has no special token {END_OF_TEXT}; train it again with it")
     return tokenizer.special_tokens[END_OF_TEXT]
 
-# %% ../nbs/05_train.ipynb #06c9fc89
+# %% ../nbs/05_train.ipynb #daa5d3d7
 @dataclass(frozen=True)
 class TrainConfig(ModelConfig):
     """Describe a training run completely; the defaults are the reference preset."""
@@ -195,6 +208,7 @@ class TrainConfig(ModelConfig):
     grad_accum_steps: int = 1  # pieces that a batch goes through the model in, one after the other, to save memory
     dtype: Literal["float32", "bfloat16"] = "float32"  # numbers in the matrix products; weights stay float32
     compile: bool = False  # let torch.compile write faster code for the model first
+    fsdp: bool = False  # under torchrun, let each process keep a part of the model instead of all of it
     max_steps: int | None = None  # steps to take; None means cosine_cycle_iters
     max_minutes: float | None = None  # stop after so many minutes with a checkpoint; --resume goes on
     allow_changes: bool = False  # with --resume: let other flags change the training from here on, and record it
@@ -384,7 +398,7 @@ class Diverged(RuntimeError):
         super().__init__(f"training diverged at step {step}: {found}; lower the learning rate")
         self.step, self.loss, self.grad_norm = step, loss, grad_norm
 
-# %% ../nbs/05_train.ipynb #a4f54596
+# %% ../nbs/05_train.ipynb #671852a3
 def train_step(
     model: nn.Module,  # changed in place
     optimizer: torch.optim.Optimizer,  # of the model's parameters
@@ -396,15 +410,16 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = config.lr_at(step)
     optimizer.zero_grad()
-    loss = _add_gradients(model, batch, config)
-    grad_norm = clip_grad_norm(model.parameters(), config.max_l2_norm)
+    loss = mean_over_ranks(_add_gradients(model, batch, config))
+    grad_norm = whole(clip_grad_norm(model.parameters(), config.max_l2_norm))
     loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         raise Diverged(step, loss_value, norm_value)
     optimizer.step()
     return loss_value, norm_value
 
-# %% ../nbs/05_train.ipynb #32dc456e
+# %% ../nbs/05_train.ipynb #9ec85b21
+@on_rank0
 def _write_folder(out: Path, files: dict[str, bytes]) -> None:
     """Write a folder of files all at once: after a crash it is either whole or not there."""
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
@@ -467,7 +482,7 @@ def _unpack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         state.setdefault(index[parameter], {})[key] = value.clone() if isinstance(value, Tensor) else value
     optimizer.load_state_dict({"state": state, "param_groups": numbers["param_groups"]})
 
-# %% ../nbs/05_train.ipynb #06b43419
+# %% ../nbs/05_train.ipynb #6ac478fe
 def save_checkpoint(
     model: nn.Module,  # its parameters are saved
     optimizer: torch.optim.Optimizer,  # its state is saved
@@ -480,7 +495,8 @@ def save_checkpoint(
     Raises InputError when the place cannot be written or is full; nothing half-written stays.
     """
     moments, numbers = _pack_optimizer(model, optimizer)
-    files = {"model.safetensors": save_tensors(model.state_dict()), "optimizer.safetensors": save_tensors(moments)}
+    tensors = {"model.safetensors": model.state_dict(), "optimizer.safetensors": moments}
+    files = {name: save_tensors(gathered(content)) for name, content in tensors.items()}
     state = {"iteration": iteration, "optimizer": numbers, "extra": extra or {}}
     files["state.json"] = json.dumps({**state, "sha256": _checksums(files, state)}, indent=1).encode()
     _write_folder(Path(out), files)
@@ -571,7 +587,7 @@ def _load_newest(
         raise InputError(f"{run_dir}: none of its {len(folders)} checkpoints can be used; start a new run")
     return None
 
-# %% ../nbs/05_train.ipynb #fc11a061
+# %% ../nbs/05_train.ipynb #8568dfcb
 _Row = dict[str, Any]  # a line of the log
 _Track = Callable[[_Row], None]  # shows it elsewhere too
 
@@ -586,10 +602,16 @@ class _Log:
         self.run_dir, self.pending, self.track = run_dir, saved["pending"], track
         self.layers: _Row = {}
         self.started = time.perf_counter() - saved["seconds"]
-        for name in self.names:
-            with open(run_dir / name, "ab") as file:
-                file.truncate(min(file.tell(), saved["sizes"].get(name, 0)))
+        self.cut_back(saved["sizes"])
 
+    @on_rank0
+    def cut_back(self, sizes: dict[str, int]) -> None:
+        """Make the files as long as they were when the checkpoint was written."""
+        for name in self.names:
+            with open(self.run_dir / name, "ab") as file:
+                file.truncate(min(file.tell(), sizes.get(name, 0)))
+
+    @on_rank0
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must know to go on with this log, after storing the files for good."""
         sizes = {}
@@ -614,12 +636,13 @@ class _Log:
         self.track(row)
         self.pending, self.layers = [], {}
 
+    @on_rank0
     def append(self, name: str, text: str) -> None:
         """Add text to one of the files."""
         with open(self.run_dir / name, "a", encoding="utf-8") as file:
             file.write(text)
 
-# %% ../nbs/05_train.ipynb #3fd712d2
+# %% ../nbs/05_train.ipynb #eda2f79a
 _OnEval = Callable[[TransformerLM, Tokenizer, int], str | None]
 
 
@@ -636,7 +659,8 @@ class _Run:
     on_eval: _OnEval | None
     device: str
     model: TransformerLM
-    forward: Any  # the model itself, or what torch.compile made of it
+    eager: nn.Module  # the model itself, or what averages its gradients over several processes
+    forward: Any  # the same, or what torch.compile made of it
     optimizer: AdamW
     log: _Log
     step: int
@@ -664,19 +688,19 @@ def _loop(run: _Run) -> None:
     if run.step < config.last_step:
         stop.say(run)
 
-# %% ../nbs/05_train.ipynb #bedebb0d
+# %% ../nbs/05_train.ipynb #c8f59a96
 def _take_step(run: _Run) -> None:
     """Take one step and note its loss, gradient norm and time, and at times what its layers did."""
     began, config = time.perf_counter(), run.config
     batch = _batch_of_step(run.train_tokens, config, run.step, run.device)
     watching = config.watch and run.step % config.log_every == 0
     with _Watch(run.model) if watching else nullcontext() as watch:
-        loss, norm = train_step(run.model if watch else run.forward, run.optimizer, batch, config, run.step)
+        loss, norm = train_step(run.eager if watch else run.forward, run.optimizer, batch, config, run.step)
         if watch:
             run.log.layers = watch.report(clipped_to=config.max_l2_norm / (norm + 1e-6))
     run.log.pending.append([loss, norm, time.perf_counter() - began])
 
-# %% ../nbs/05_train.ipynb #25bbe660
+# %% ../nbs/05_train.ipynb #7a502aba
 def _evaluate_and_log(run: _Run) -> None:
     """Measure the validation loss, at the end whole stories too, and let the callback tell a story."""
     val_loss = evaluate(run.model, run.valid_tokens, run.config)
@@ -687,12 +711,21 @@ def _evaluate_and_log(run: _Run) -> None:
         loss, _, _ = evaluate_stories(run.model, run.valid_tokens, _end_id(run.tokenizer))
         more |= {"story_loss": loss, "floor": run.floor}
     run.log.line(run.config, run.step, **more)
-    text = run.on_eval(run.model, run.tokenizer, run.step) if run.on_eval else None
+    text = _story(run, gathered(run.model.state_dict()) if run.config.fsdp else None) if run.on_eval else None
     if text is not None:
         run.log.append("samples.txt", f"=== step {run.step} ===\n{text}\n\n")
         tqdm.write(f"--- after step {run.step}:\n{text}\n")
 
-# %% ../nbs/05_train.ipynb #2360e754
+
+@on_rank0
+def _story(run: _Run, weights: dict[str, Tensor] | None) -> str | None:
+    """Let the callback tell a story, with the model, or with a new one made of these weights."""
+    model = run.model if weights is None else TransformerLM(run.config)
+    if weights is not None:
+        model.load_state_dict(weights)
+    return run.on_eval(model, run.tokenizer, run.step) if run.on_eval else None
+
+# %% ../nbs/05_train.ipynb #59ca13d8
 def _save(run: _Run) -> None:
     """Write the checkpoint of the current step, then remove the oldest beyond those kept."""
     norm = _length([p.detach() for p in run.model.parameters()])
@@ -700,13 +733,19 @@ def _save(run: _Run) -> None:
         raise Diverged(run.step, run.log.pending[-1][0] if run.log.pending else math.nan, norm)
     folder = run.folder / "checkpoints" / f"step-{run.step:08d}"
     save_checkpoint(run.model, run.optimizer, run.step, folder, run.log.state())
-    for old in _checkpoints(run.folder)[_CHECKPOINTS_KEPT:]:
-        shutil.rmtree(old)
+    _remove(_checkpoints(run.folder)[_CHECKPOINTS_KEPT:])
+
+
+@on_rank0
+def _remove(folders: list[Path]) -> None:
+    """Delete folders and what is in them."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _length(tensors: list[Tensor]) -> float:
     """Compute the L2 norm of several tensors together."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).item()
+    return whole(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))).item()
 
 # %% ../nbs/05_train.ipynb #e8606d64
 class Stopped(KeyboardInterrupt):
@@ -720,23 +759,24 @@ class Stopped(KeyboardInterrupt):
         super().__init__(f"stopped by {signal.Signals(signum).name}; go on with --resume {run_dir}")
         self.exit_code = 128 + signum
 
-# %% ../nbs/05_train.ipynb #55db2e15
+# %% ../nbs/05_train.ipynb #9ed4fad7
 class _Stop:
     """Note the first SIGINT or SIGTERM, and when the time is over; a second signal quits at once."""
 
     def __init__(self, max_minutes: float | None):
         self.max_minutes = max_minutes
-        self.signum: int | None = None
+        self.signum = self.stopped_by = 0  # the signal that came here, and the one that all processes stop for
         self.deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
 
     def is_due(self) -> bool:
-        """Whether the run shall stop after this step."""
-        return self.signum is not None or time.monotonic() >= self.deadline
+        """Whether the run shall stop after this step, for a signal or the clock of any of its processes."""
+        self.stopped_by = max_over_ranks(self.signum)
+        return bool(self.stopped_by or max_over_ranks(time.monotonic() >= self.deadline))
 
     def say(self, run: _Run) -> None:
         """Tell of a run that was stopped before its last step; raise Stopped if it was by a signal."""
-        if self.signum is not None:
-            raise Stopped(self.signum, run.folder)
+        if self.stopped_by:
+            raise Stopped(self.stopped_by, run.folder)
         _say(f"{self.max_minutes} minutes are over at step {run.step}; go on with --resume {run.folder}")
 
     def _note(self, signum: int, frame: Any) -> None:
@@ -766,7 +806,7 @@ def _run_to_end(run: _Run) -> None:
         raise
     _report(run.folder)
 
-# %% ../nbs/05_train.ipynb #d8448da1
+# %% ../nbs/05_train.ipynb #fd5ddb00
 class _Watch:
     """Measure, during one step, the activations, the gradient and the update of each part of a model."""
 
@@ -787,7 +827,7 @@ class _Watch:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self.activations[name] = output.detach().float().square().mean().sqrt().item()
+            self.activations[name] = mean_over_ranks(output.detach().float().square().mean()).sqrt().item()
 
         return note
 
@@ -803,12 +843,12 @@ class _Watch:
                 rows["updates"][name] = _length(moves) / _length(after)
         return {kind: {name: _number(x) for name, x in row.items()} for kind, row in rows.items()}
 
-# %% ../nbs/05_train.ipynb #898aec57
+# %% ../nbs/05_train.ipynb #b54ac196
 def _watch_again(run: _Run) -> _Row:
     """Take the current batch through the model once more without an update, and measure its layers."""
     run.optimizer.zero_grad()
     with _Watch(run.model) as watch:
-        _add_gradients(run.model, _batch_of_step(run.train_tokens, run.config, run.step, run.device), run.config)
+        _add_gradients(run.eager, _batch_of_step(run.train_tokens, run.config, run.step, run.device), run.config)
         return watch.report()
 
 
@@ -816,10 +856,13 @@ def _number(x: float) -> float | str:
     """Round to four digits; JSON has no infinity, so that becomes a word."""
     return float(f"{x:.4g}") if math.isfinite(x) else str(x)
 
-# %% ../nbs/05_train.ipynb #56151e1f
+# %% ../nbs/05_train.ipynb #ca6bce9d
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder. Raises InputError, telling who holds it, if another process does."""
+    """Hold the run folder; rank 0 does. Raises InputError, telling who holds it, if another process has it."""
+    if rank() > 0:
+        yield
+        return
     try:
         descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
@@ -850,8 +893,8 @@ def _try_lock(descriptor: int) -> bool:
         return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # else: no locks on this file system
     return True
 
-# %% ../nbs/05_train.ipynb #5f4858b8
-_MOMENTARY = {"max_steps", "max_minutes"}  # holds for one command, not for the run
+# %% ../nbs/05_train.ipynb #a94dd5bc
+_MOMENTARY = {"max_steps", "max_minutes", "fsdp"}  # holds for one command, not for the run
 _FREE = _MOMENTARY | {"device", "data_dir", "corpus", "val_corpus", "checkpoint_every", "watch", "tracker"}
 _FIXED = {f.name for f in fields(ModelConfig)} | {"preset", "seed", "run_dir"}
 
@@ -866,7 +909,7 @@ def _difference(config: TrainConfig, changes: dict[str, Any], allow_changes: boo
         raise InputError(f"{config.run_dir}: the run cannot go on with {diff}; {advice}")
     return changes
 
-# %% ../nbs/05_train.ipynb #d7568e4b
+# %% ../nbs/05_train.ipynb #b710cfb7
 def train(
     config: TrainConfig,  # the whole description of the run
     on_eval: _OnEval | None = None,  # called as (model, tokenizer, step) after evaluations; returns text to keep
@@ -876,23 +919,34 @@ def train(
     Raises InputError for a mistake that the user can mend, Diverged if the loss stops being finite, and
     Stopped when a signal asked for it.
     """
+    with joined():
+        device = _check_machine(config)
+        if can_restart() and on_rank0(Path.exists)(Path(str(config.run_dir), "config.json")):
+            run_dir = Path(str(config.run_dir))
+            return resume(run_dir, on_eval, changes=asdict(replace(config, run_dir=str(run_dir))))
+        run_dir, tokenizer, files, floor = _make_folder(config, device)
+        with _locked(run_dir):
+            _run_to_end(_open_run(run_dir, config, tokenizer, files, floor, on_eval))
+    return run_dir
+
+# %% ../nbs/05_train.ipynb #47efda04
+@on_rank0
+def _make_folder(config: TrainConfig, device: str) -> tuple[Path, Tokenizer, _Files, float | None]:
+    """Prepare the data, check them, and make the folder of a run; return it with the data and their floor."""
     stamp = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{corpus_name(config.corpus)}-{config.preset}"
     run_dir = Path(config.run_dir or f"runs/{stamp}")
     _refuse_existing(run_dir)
-    device = _check_machine(config)
     tokenizer, files, paths = _prepare(config)
     _check_data(config, tokenizer, *files)
     data = _describe_data(config, tokenizer, files, paths["train"])
     about = {"data": data, "commit": _commit(), "environment": _environment(device)}
     _refuse_existing(run_dir)  # preparing took a while
     run_dir.mkdir(parents=True)
-    with _locked(run_dir):
-        tokenizer.save(run_dir / "tokenizer")
-        _write_config(run_dir, {**asdict(replace(config, run_dir=str(run_dir))), **about})
-        _run_to_end(_open_run(run_dir, config, tokenizer, files, data["floor"], on_eval))
-    return run_dir
+    tokenizer.save(run_dir / "tokenizer")
+    _write_config(run_dir, {**asdict(replace(config, run_dir=str(run_dir))), **about})
+    return run_dir, tokenizer, files, data["floor"]
 
-# %% ../nbs/05_train.ipynb #d53e1476
+# %% ../nbs/05_train.ipynb #2cfa50e1
 def resume(
     run_dir: str | Path,  # the folder of a run that was stopped, killed or finished
     on_eval: _OnEval | None = None,  # as in train
@@ -907,17 +961,17 @@ def resume(
     """
     run_dir = Path(run_dir)
     _read_config(run_dir)
-    with _locked(run_dir):
+    with joined(), _locked(run_dir):
         config, saved = _read_config(run_dir)
+        config = replace(config, fsdp=False)  # each command says it anew
         changes = {**(changes or {}), **({} if max_steps is None else {"max_steps": max_steps})}
         changes = _difference(config, changes, allow_changes)
         changed = replace(config, **changes)
         _check_machine(changed)
-        tokenizer, files, _ = _prepare(changed)
+        tokenizer, files, _ = on_rank0(_prepare)(changed)
         _check_data(changed, tokenizer, *files)
         _check_same_data(run_dir, saved, tokenizer, files)
-        for leftover in (run_dir / "checkpoints").glob(".*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _remove(list((run_dir / "checkpoints").glob(".*.tmp")))
         run = _open_run(run_dir, changed, tokenizer, files, saved["data"]["floor"], on_eval)
         _record_changes(run, config, saved, changes)
         _run_to_end(run)
@@ -936,7 +990,7 @@ def load_run(
         raise InputError(f"{run_dir}: the run has no checkpoint yet")
     return model.to(_pick_device(device)), _load_own_tokenizer(run_dir, saved), config
 
-# %% ../nbs/05_train.ipynb #a7db63b9
+# %% ../nbs/05_train.ipynb #894dc446
 def _open_run(
     folder: Path, config: TrainConfig, tokenizer: Tokenizer, files: _Files, floor: float | None, on_eval: _OnEval | None
 ) -> _Run:
@@ -949,11 +1003,12 @@ def _open_run(
         group |= {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     step = state["iteration"] if state else 0
     log = _Log(folder, state, _tracker(config, folder, step))
-    forward = torch.compile(model) if config.compile else model
+    eager = spread(model, optimizer, config.fsdp)
+    forward = torch.compile(eager) if config.compile else eager
     train_tokens, valid_tokens = (file.tokens() for file in files)
     return _Run(
-        folder, config, tokenizer, train_tokens, valid_tokens, floor, on_eval, device, model, forward, optimizer, log,
-        step,
+        folder, config, tokenizer, train_tokens, valid_tokens, floor, on_eval, device, model, eager, forward, optimizer,
+        log, step,
     )  # fmt: skip
 
 # %% ../nbs/05_train.ipynb #e8805289
@@ -987,7 +1042,8 @@ def _load_own_tokenizer(run_dir: Path, saved: dict[str, Any]) -> Tokenizer:
         raise InputError(f"{run_dir / 'tokenizer'}: {what}; bring that back")
     return tokenizer
 
-# %% ../nbs/05_train.ipynb #0cb3e7f5
+# %% ../nbs/05_train.ipynb #718969ca
+@on_rank0
 def _record_changes(run: _Run, before: TrainConfig, saved: dict[str, Any], changes: dict[str, Any]) -> None:
     """Note in config.json which fields have another value from the current step on."""
     lasting = {name: new for name, new in changes.items() if name not in _MOMENTARY}
@@ -1001,7 +1057,7 @@ def _write_config(run_dir: Path, content: dict[str, Any]) -> None:
     with atomic_write(run_dir / "config.json", "w") as file:
         json.dump(content, file, indent=1)
 
-# %% ../nbs/05_train.ipynb #af6c461f
+# %% ../nbs/05_train.ipynb #d3939ee3
 def _environment(device: str) -> dict[str, Any]:
     """Describe the machine and the versions in use."""
     cpu = platform.processor() or platform.machine()
@@ -1010,7 +1066,8 @@ def _environment(device: str) -> dict[str, Any]:
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
-        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "platform": platform.platform(),
+        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "processes": world_size(), "platform": platform.platform(),
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
         "tinylm": tinylm.__version__,
     }  # fmt: skip
@@ -1063,10 +1120,11 @@ def _pick_device(name: str) -> str:
         raise InputError(f"device {name!r} cannot be used here; try {best} or auto") from error
     return name
 
-# %% ../nbs/05_train.ipynb #0c205f9c
+# %% ../nbs/05_train.ipynb #8e8ad1d5
 def _check_machine(config: TrainConfig) -> str:
     """Choose the device; raise InputError if it, the compiler or the tracker is missing, warn of a slow dtype."""
     device = _pick_device(config.device)
+    _check_processes(config)
     if config.compile and device == "cpu" and not any(map(shutil.which, _COMPILERS)):
         raise InputError(f"compile needs a C++ compiler on the PATH: {', '.join(_COMPILERS[1:])}; or leave it out")
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
@@ -1076,6 +1134,17 @@ def _check_machine(config: TrainConfig) -> str:
         if ratio > 1:
             _say(f"bfloat16 products take {ratio:.1f} times as long as float32 on this {device}; leave --dtype out")
     return device
+
+
+def _check_processes(config: TrainConfig) -> None:
+    """Raise InputError unless as many processes as there are can share the training."""
+    pieces = world_size() * config.grad_accum_steps
+    if config.batch_size % pieces:
+        raise InputError(f"batch_size {config.batch_size} must be a multiple of {pieces}: processes x grad_accum_steps")
+    if config.fsdp and world_size() == 1:
+        raise InputError("fsdp shares out the model among several processes; start them with torchrun, or leave it out")
+    if can_restart() and config.run_dir is None:
+        raise InputError("torchrun --max-restarts needs --run_dir, by which a run that starts again is found")
 
 
 _COMPILERS = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
@@ -1104,10 +1173,10 @@ def _show(bar: tqdm, config: TrainConfig, log: _Log) -> None:
     bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
     bar.update()
 
-# %% ../nbs/05_train.ipynb #db5224a0
+# %% ../nbs/05_train.ipynb #8576af01
 def _tracker(config: TrainConfig, run_dir: Path, step: int) -> _Track:
     """Open the tracker; what it had heard of later steps, from before a crash, is dropped."""
-    if config.tracker == "none":
+    if config.tracker == "none" or rank() > 0:
         return lambda row: None
     if config.tracker == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
