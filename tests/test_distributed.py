@@ -14,7 +14,7 @@ from test_train import one_thread  # noqa: F401
 from tiny import checkpoints, metrics, tell
 
 import tinylm.train
-from tinylm.cli import main
+from tinylm import cli
 from tinylm.data import InputError
 from tinylm.distributed import joined, rank
 from tinylm.train import Diverged, Stopped, TrainConfig, load_run, resume, train
@@ -38,8 +38,8 @@ def runs_of(base, folder):
     run = {name: replace(base, run_dir=str(folder / name)) for name in
            ("ddp", "fsdp", "odd", "signal", "poison", "full")}
     return [
-        lambda: train(replace(run["ddp"], grad_accum_steps=2, watch=True), tell),
-        lambda: train(replace(run["fsdp"], fsdp=True, max_steps=10), tell),
+        lambda: train(replace(run["ddp"], watch=True), tell),
+        lambda: train(replace(run["fsdp"], fsdp=True, grad_accum_steps=2, max_steps=8), tell),
         lambda: resume(folder / "half", tell, max_steps=STEPS, changes={"fsdp": True}),
         lambda: train(replace(run["odd"], batch_size=3)),
         lambda: train(run["signal"], tell),
@@ -101,8 +101,8 @@ def command(mortal, *argv):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(model, optimizer, batch, config, step)
 
-    tinylm.train.train_step = deadly
-    return main(argv)
+    tinylm.train.train_step, cli._story = deadly, tell
+    return cli.main(argv)
 
 
 if __name__ == "__main__":
@@ -129,7 +129,7 @@ def two(short, tmp_path_factory):
     "What two processes left: their folder, and the report of each."
     folder = tmp_path_factory.mktemp("two")
     (folder / "base.json").write_text(json.dumps(asdict(short)), encoding="utf-8")
-    train(replace(short, run_dir=str(folder / "half"), max_steps=10), tell)
+    train(replace(short, run_dir=str(folder / "half"), max_steps=8), tell)
     job = torchrun(2, "several", folder)
     assert job.returncode == 0, job.stderr
     return folder, [json.loads((folder / f"rank-{i}.json").read_text(encoding="utf-8")) for i in range(2)]
@@ -148,7 +148,6 @@ def assert_same(run, alone):
 
 
 def test_two_processes_give_the_losses_of_one(two, alone):
-    "Also with the batch in pieces."
     assert_same(two[0] / "ddp", alone)
     assert (two[0] / "ddp" / "samples.txt").read_text(encoding="utf-8").count("===") == 2 * 3
 
@@ -162,7 +161,8 @@ def test_two_processes_watch_what_one_does(two, short, tmp_path):
 
 
 def test_fsdp_stopped_goes_on_with_one_process(two, alone):
-    assert checkpoints(two[0] / "fsdp")[-1].name == "step-00000010"
+    "Also with the batch in pieces."
+    assert checkpoints(two[0] / "fsdp")[-1].name == "step-00000008"
     assert_same(resume(two[0] / "fsdp", tell, max_steps=STEPS), alone)
 
 
@@ -173,6 +173,7 @@ def test_one_process_stopped_goes_on_with_fsdp(two, alone):
 def test_a_signal_to_one_process_stops_all_at_the_same_step(two):
     assert checkpoints(two[0] / "signal")[-1].name == "step-00000009"
     for report in two[1]:
+        assert [end[0] for end in report["ends"][:3]] == ["done"] * 3
         assert report["ends"][4] == ["Stopped", f"stopped by SIGTERM; go on with --resume {two[0] / 'signal'}"]
 
 

@@ -475,7 +475,7 @@ def _overview() -> str:
             "Begin with `tinylm train`, then `tinylm generate`.\n"
             "`tinylm VERB --help` shows the options of a verb; `tinylm --version` the version.")
 
-# %% ../nbs/10_cli.ipynb #d551aa58
+# %% ../nbs/10_cli.ipynb #e9082aaf
 def _help_of(verb: str, argv: Sequence[str]) -> int:
     "Print the help of a verb."
     if verb == "train":
@@ -484,7 +484,8 @@ def _help_of(verb: str, argv: Sequence[str]) -> int:
         preset = next((name for name in PRESETS if name in argv or f"--preset={name}" in argv), "laptop")
         about = ("Train a model, making corpus, tokenizer and token files first where they are missing."
                  f" A preset gives the defaults (here: {preset}), and each flag overrides one."
-                 " With --resume RUN the run's own settings are the defaults.")
+                 " With --resume RUN the run's own settings are the defaults."
+                 " Several processes train together as `torchrun --standalone --nproc_per_node 2 -m tinylm.cli train`.")
         return _help(TrainConfig, "tinylm train", PRESETS[preset], about)
     if verb in ("search", "ablate"):
         from tinylm.ablations import SweepConfig
@@ -550,7 +551,7 @@ def _guarded(argv: Sequence[str]) -> int:
     print(f"tinylm: {message}", file=sys.stderr)
     return code
 
-# %% ../nbs/10_cli.ipynb #bace5c25
+# %% ../nbs/10_cli.ipynb #5c6bf484
 def main(
     argv: Sequence[str] | None = None,  # the arguments; None takes those of the process
 ) -> int:  # exit code: 0 well, 1 a run that differs, 2 a mistake to mend, 3 diverged, 130 or 143 stopped by a signal
@@ -561,12 +562,21 @@ def main(
     in_main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
     old = signal.signal(signal.SIGTERM, _on_sigterm) if in_main else None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _one_voice():
             warnings.showwarning = _note
             return _guarded(argv)
     finally:
         if in_main:
             signal.signal(signal.SIGTERM, old)
+
+# %% ../nbs/10_cli.ipynb #a393665b
+def _one_voice() -> contextlib.AbstractContextManager[None]:
+    "Let only the process of rank 0 be heard, where torchrun has started several."
+    if os.environ.get("RANK", "0") == "0":
+        return contextlib.nullcontext()
+    from tinylm.distributed import only_rank0_speaks
+
+    return only_rank0_speaks()
 
 # %% ../nbs/10_cli.ipynb #3133ab24
 def _note(message: Warning | str, *where: Any, **more: Any) -> None:

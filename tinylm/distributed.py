@@ -29,7 +29,7 @@ def world_size() -> int:  # 1 where there is one process
     """Return how many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
-# %% ../nbs/05_distributed.ipynb #dda5ecd1
+# %% ../nbs/05_distributed.ipynb #2a3ffa48
 @contextmanager
 def joined() -> Iterator[None]:
     """Join the other processes that torchrun started, and leave them at the end; alone, do nothing.
@@ -42,7 +42,7 @@ def joined() -> Iterator[None]:
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", **_meeting_point())
     try:
         with only_rank0_speaks():
             yield
@@ -53,6 +53,14 @@ def joined() -> Iterator[None]:
         raise
     finally:
         dist.destroy_process_group()
+
+# %% ../nbs/05_distributed.ipynb #81aaf540
+def _meeting_point() -> dict[str, Any]:
+    """Open the store in which the processes find each other; each start of the job has a part of its own."""
+    store, me, all_of_us = next(dist.rendezvous("env://"))
+    if os.environ["GROUP_WORLD_SIZE"] == "1":  # several machines count their starts each by itself
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    return {"store": store, "rank": me, "world_size": all_of_us}
 
 # %% ../nbs/05_distributed.ipynb #c46e7e54
 @contextmanager
@@ -121,14 +129,14 @@ def whole(
     """Put together a tensor that is shared out among the processes; any other is whole already."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
-# %% ../nbs/05_distributed.ipynb #090b9186
+# %% ../nbs/05_distributed.ipynb #eadfbefe
 def gathered(
     tensors: dict[str, Tensor],  # perhaps shared out among the processes
 ) -> dict[str, Tensor]:  # all of them, whole, in main memory, in the process of rank 0; in others nothing
     """Put tensors together in the process of rank 0, one after the other."""
     found = {}
-    for name, x in tensors.items():
-        x = whole(x)
+    for name in sorted(tensors):  # in the same order everywhere
+        x = whole(tensors[name])
         if rank() == 0:
             found[name] = x.cpu()
     return found
@@ -147,7 +155,7 @@ def spread(
     _shard(model, optimizer)
     return model
 
-# %% ../nbs/05_distributed.ipynb #fb2b912a
+# %% ../nbs/05_distributed.ipynb #6fce48fc
 def _shard(model: Any, optimizer: torch.optim.Optimizer) -> None:
     """Share out a model layer by layer, and the optimizer's moments like the parameters that they belong to."""
     from torch.distributed.fsdp import fully_shard
@@ -162,7 +170,7 @@ def _shard(model: Any, optimizer: torch.optim.Optimizer) -> None:
         state = optimizer.state.pop(old, {})
         optimizer.state[new] = {
             key: distribute_tensor(value, mesh, new.placements) if isinstance(value, Tensor) else value
-            for key, value in state.items()
+            for key, value in sorted(state.items())  # in the same order everywhere
         }
 
 # %% ../nbs/05_distributed.ipynb #818c9bc6
