@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def torchrun(processes, *arguments, restarts=0):
     "Start this file in several processes by torchrun; returns what became of the job."
     launch = ["--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}", __file__, *arguments]
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", *map(str, launch)], capture_output=True,
-                          text=True, encoding="utf-8", timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          text=True, encoding="utf-8", timeout=90, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 # --- what runs in each process
@@ -41,7 +42,7 @@ def runs_of(base, folder):
     return {
         "ddp": lambda: train(config("ddp", watch=True), tell),
         "fsdp": lambda: train(config("fsdp", fsdp=True, grad_accum_steps=2, max_steps=8), tell),
-        "half": lambda: resume(folder / "half", tell, max_steps=STEPS, changes={"fsdp": True}),
+        "half": lambda: resume(folder / "half", tell, max_steps=STEPS, changes={"fsdp": True, "watch": True}),
         "odd": lambda: train(config("odd", batch_size=3)),
         "signal": lambda: train(config("signal")),
         "clock": lambda: train(config("clock", max_minutes=5)),
@@ -68,12 +69,18 @@ def trouble(run, patch):
 
 def several(folder):
     "Make the runs; leave what became of each, and what was written, as rank-N.json."
-    folder, written, ends, take_step = Path(folder), set(), {}, tinylm.train._take_step
+    folder, written, ends, rows = Path(folder), set(), {}, set()
+    batch_of_step, take_step = tinylm.train._batch_of_step, tinylm.train._take_step
 
     def note(event, arguments):
         writes = event.startswith("os.") or event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
         if writes and isinstance(arguments[0], (str, os.PathLike)) and event not in ("os.listdir", "os.scandir"):
             written.add(str(arguments[0]))
+
+    def batch_counted(*arguments):
+        batch = batch_of_step(*arguments)
+        rows.add(len(batch[0]))
+        return batch
 
     def take_step_in_trouble(run):
         if run.step == 9:
@@ -84,13 +91,15 @@ def several(folder):
     with joined():
         for name, run in runs_of(TrainConfig(**json.loads((folder / "base.json").read_text("utf-8"))), folder).items():
             with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("tinylm.optim._adamw_update", None)  # the compiled loop takes the parts, too
+                patch.setattr(tinylm.train, "_batch_of_step", batch_counted)
                 patch.setattr(tinylm.train, "_take_step", take_step_in_trouble)
                 try:
                     ends[name] = f"done {run().name}"
                 except (InputError, Stopped, Diverged, OSError) as error:
                     ends[name] = f"{type(error).__name__}: {error}"
         me = rank()
-    report = {"ends": ends, "written": [path for path in written if path.startswith(str(folder))]}
+    report = {"ends": ends, "rows": list(rows), "written": [path for path in written if path.startswith(str(folder))]}
     (folder / f"rank-{me}.json").write_text(json.dumps(report), encoding="utf-8")
 
 
@@ -128,13 +137,13 @@ def alone(short, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(short, tmp_path_factory):
-    "What two processes left: their folder, and the report of each."
+    "What two processes left: their folder, the report of each, and what they said."
     folder = tmp_path_factory.mktemp("two")
     (folder / "base.json").write_text(json.dumps(asdict(short)), encoding="utf-8")
     train(replace(short, run_dir=str(folder / "half"), max_steps=8), tell)
     job = torchrun(2, "several", folder)
     assert job.returncode == 0, job.stderr
-    return folder, [json.loads((folder / f"rank-{i}.json").read_text(encoding="utf-8")) for i in range(2)]
+    return folder, [json.loads((folder / f"rank-{i}.json").read_text(encoding="utf-8")) for i in range(2)], job.stdout
 
 
 def assert_same(run, alone):
@@ -155,11 +164,11 @@ def test_two_processes_give_the_losses_of_one(two, alone):
 
 
 def test_two_processes_watch_what_one_does(two, short, tmp_path):
-    watched = train(replace(short, watch=True, run_dir=str(tmp_path / "run")))
-    last, expected = metrics(two[0] / "ddp")[-1], metrics(watched)[-1]
-    for kind in ("activations", "gradients", "updates"):
-        for part, value in expected[kind].items():
-            assert last[kind][part] == pytest.approx(value, rel=2e-3), (kind, part)
+    expected = metrics(train(replace(short, watch=True, run_dir=str(tmp_path / "run"))))[-1]
+    for name in ("ddp", "half"):
+        last = metrics(two[0] / name)[-1]
+        for kind in ("activations", "gradients", "updates"):
+            assert last[kind] == pytest.approx(expected[kind], rel=2e-3), (name, kind)
 
 
 def test_fsdp_stopped_goes_on_with_one_process(two, alone):
@@ -169,7 +178,13 @@ def test_fsdp_stopped_goes_on_with_one_process(two, alone):
 
 
 def test_one_process_stopped_goes_on_with_fsdp(two, alone):
+    "What tells the stories is the whole model."
     assert_same(two[0] / "half", alone)
+    said, expected = (re.findall(r"after step .*", (run / "samples.txt").read_text("utf-8"))
+                      for run in (two[0] / "half", alone))
+    assert [line.split()[2] for line in said] == [line.split()[2] for line in expected]
+    for one, other in zip(said, expected, strict=True):
+        assert float(one.split()[3]) == pytest.approx(float(other.split()[3]), rel=1e-5)
 
 
 @pytest.mark.parametrize("name, end", [
@@ -190,6 +205,19 @@ def test_rank_0_alone_writes(two):
     first, second = (report["written"] for report in two[1])
     assert {str(two[0] / name) for name in ("ddp", "ddp/metrics.jsonl", "fsdp/.lock")} <= set(first)
     assert second == []
+
+
+def test_rank_0_alone_speaks(two):
+    assert two[2].count("--- after step 24:") == 2  # of the runs ddp and half
+
+
+def test_each_takes_its_share_of_the_batch(two):
+    assert [report["rows"] for report in two[1]] == [[2], [2]]
+
+
+def test_rank_0_alone_opens_a_tracker(short, tmp_path, monkeypatch):
+    monkeypatch.setattr(tinylm.train, "rank", lambda: 1)
+    tinylm.train._tracker(replace(short, tracker="wandb"), tmp_path, 0)({"step": 1})
 
 
 def test_fsdp_alone_is_refused(short, tmp_path):

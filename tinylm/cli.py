@@ -475,7 +475,7 @@ def _overview() -> str:
             "Begin with `tinylm train`, then `tinylm generate`.\n"
             "`tinylm VERB --help` shows the options of a verb; `tinylm --version` the version.")
 
-# %% ../nbs/10_cli.ipynb #e9082aaf
+# %% ../nbs/10_cli.ipynb #d551aa58
 def _help_of(verb: str, argv: Sequence[str]) -> int:
     "Print the help of a verb."
     if verb == "train":
@@ -551,7 +551,7 @@ def _guarded(argv: Sequence[str]) -> int:
     print(f"tinylm: {message}", file=sys.stderr)
     return code
 
-# %% ../nbs/10_cli.ipynb #5c6bf484
+# %% ../nbs/10_cli.ipynb #bace5c25
 def main(
     argv: Sequence[str] | None = None,  # the arguments; None takes those of the process
 ) -> int:  # exit code: 0 well, 1 a run that differs, 2 a mistake to mend, 3 diverged, 130 or 143 stopped by a signal

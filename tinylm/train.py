@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'get_batch', 'evaluate', 'evaluate_stories', 'fables_floor
            'train_step', 'save_checkpoint', 'load_checkpoint', 'Stopped', 'train', 'resume', 'load_run', 'plot_run',
            'plot_watch', 'record_run']
 
-# %% ../nbs/05_train.ipynb #fb39c83e
+# %% ../nbs/05_train.ipynb #8f3c357b
 import errno
 import hashlib
 import importlib.util
@@ -93,7 +93,7 @@ def get_batch(
     starts = _draw_starts(tokens, batch_size, context_length, rng or np.random.default_rng())
     return _windows(tokens, starts, context_length, device)
 
-# %% ../nbs/05_train.ipynb #8137be83
+# %% ../nbs/05_train.ipynb #a3541cc4
 def _starts_of_step(tokens: np.ndarray, config: "TrainConfig", step: int) -> np.ndarray:
     """Draw the batch of one step, which depends on the seed and the step and on nothing else."""
     rng = np.random.default_rng([config.seed, step])
@@ -183,7 +183,7 @@ def _end_id(tokenizer: Tokenizer) -> int:
         raise InputError(f"the tokenizer has no special token {END_OF_TEXT}; train it again with it")
     return tokenizer.special_tokens[END_OF_TEXT]
 
-# %% ../nbs/05_train.ipynb #daa5d3d7
+# %% ../nbs/05_train.ipynb #06c9fc89
 @dataclass(frozen=True)
 class TrainConfig(ModelConfig):
     """Describe a training run completely; the defaults are the reference preset."""
@@ -398,7 +398,7 @@ class Diverged(RuntimeError):
         super().__init__(f"training diverged at step {step}: {found}; lower the learning rate")
         self.step, self.loss, self.grad_norm = step, loss, grad_norm
 
-# %% ../nbs/05_train.ipynb #671852a3
+# %% ../nbs/05_train.ipynb #a4f54596
 def train_step(
     model: nn.Module,  # changed in place
     optimizer: torch.optim.Optimizer,  # of the model's parameters
@@ -418,7 +418,7 @@ def train_step(
     optimizer.step()
     return loss_value, norm_value
 
-# %% ../nbs/05_train.ipynb #9ec85b21
+# %% ../nbs/05_train.ipynb #32dc456e
 @on_rank0
 def _write_folder(out: Path, files: dict[str, bytes]) -> None:
     """Write a folder of files all at once: after a crash it is either whole or not there."""
@@ -482,7 +482,7 @@ def _unpack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         state.setdefault(index[parameter], {})[key] = value.clone() if isinstance(value, Tensor) else value
     optimizer.load_state_dict({"state": state, "param_groups": numbers["param_groups"]})
 
-# %% ../nbs/05_train.ipynb #6ac478fe
+# %% ../nbs/05_train.ipynb #06b43419
 def save_checkpoint(
     model: nn.Module,  # its parameters are saved
     optimizer: torch.optim.Optimizer,  # its state is saved
@@ -587,7 +587,7 @@ def _load_newest(
         raise InputError(f"{run_dir}: none of its {len(folders)} checkpoints can be used; start a new run")
     return None
 
-# %% ../nbs/05_train.ipynb #8568dfcb
+# %% ../nbs/05_train.ipynb #fc11a061
 _Row = dict[str, Any]  # a line of the log
 _Track = Callable[[_Row], None]  # shows it elsewhere too
 
@@ -642,7 +642,7 @@ class _Log:
         with open(self.run_dir / name, "a", encoding="utf-8") as file:
             file.write(text)
 
-# %% ../nbs/05_train.ipynb #eda2f79a
+# %% ../nbs/05_train.ipynb #3fd712d2
 _OnEval = Callable[[TransformerLM, Tokenizer, int], str | None]
 
 
@@ -688,7 +688,7 @@ def _loop(run: _Run) -> None:
     if run.step < config.last_step:
         stop.say(run)
 
-# %% ../nbs/05_train.ipynb #c8f59a96
+# %% ../nbs/05_train.ipynb #bedebb0d
 def _take_step(run: _Run) -> None:
     """Take one step and note its loss, gradient norm and time, and at times what its layers did."""
     began, config = time.perf_counter(), run.config
@@ -700,7 +700,7 @@ def _take_step(run: _Run) -> None:
             run.log.layers = watch.report(clipped_to=config.max_l2_norm / (norm + 1e-6))
     run.log.pending.append([loss, norm, time.perf_counter() - began])
 
-# %% ../nbs/05_train.ipynb #7a502aba
+# %% ../nbs/05_train.ipynb #25bbe660
 def _evaluate_and_log(run: _Run) -> None:
     """Measure the validation loss, at the end whole stories too, and let the callback tell a story."""
     val_loss = evaluate(run.model, run.valid_tokens, run.config)
@@ -711,21 +711,22 @@ def _evaluate_and_log(run: _Run) -> None:
         loss, _, _ = evaluate_stories(run.model, run.valid_tokens, _end_id(run.tokenizer))
         more |= {"story_loss": loss, "floor": run.floor}
     run.log.line(run.config, run.step, **more)
-    text = _story(run, gathered(run.model.state_dict()) if run.config.fsdp else None) if run.on_eval else None
+    text = _story(run, gathered(run.model.state_dict()) if run.config.fsdp else {}) if run.on_eval else None
     if text is not None:
         run.log.append("samples.txt", f"=== step {run.step} ===\n{text}\n\n")
         tqdm.write(f"--- after step {run.step}:\n{text}\n")
 
 
 @on_rank0
-def _story(run: _Run, weights: dict[str, Tensor] | None) -> str | None:
-    """Let the callback tell a story, with the model, or with a new one made of these weights."""
-    model = run.model if weights is None else TransformerLM(run.config)
-    if weights is not None:
+def _story(run: _Run, weights: dict[str, Tensor]) -> str | None:
+    """Let the callback tell a story; a model that is shared out is built anew from its gathered weights."""
+    model = run.model
+    if run.config.fsdp:
+        model = TransformerLM(run.config)
         model.load_state_dict(weights)
     return run.on_eval(model, run.tokenizer, run.step) if run.on_eval else None
 
-# %% ../nbs/05_train.ipynb #59ca13d8
+# %% ../nbs/05_train.ipynb #2360e754
 def _save(run: _Run) -> None:
     """Write the checkpoint of the current step, then remove the oldest beyond those kept."""
     norm = _length([p.detach() for p in run.model.parameters()])
@@ -759,7 +760,7 @@ class Stopped(KeyboardInterrupt):
         super().__init__(f"stopped by {signal.Signals(signum).name}; go on with --resume {run_dir}")
         self.exit_code = 128 + signum
 
-# %% ../nbs/05_train.ipynb #9ed4fad7
+# %% ../nbs/05_train.ipynb #55db2e15
 class _Stop:
     """Note the first SIGINT or SIGTERM, and when the time is over; a second signal quits at once."""
 
@@ -806,7 +807,7 @@ def _run_to_end(run: _Run) -> None:
         raise
     _report(run.folder)
 
-# %% ../nbs/05_train.ipynb #fd5ddb00
+# %% ../nbs/05_train.ipynb #d8448da1
 class _Watch:
     """Measure, during one step, the activations, the gradient and the update of each part of a model."""
 
@@ -843,7 +844,7 @@ class _Watch:
                 rows["updates"][name] = _length(moves) / _length(after)
         return {kind: {name: _number(x) for name, x in row.items()} for kind, row in rows.items()}
 
-# %% ../nbs/05_train.ipynb #b54ac196
+# %% ../nbs/05_train.ipynb #898aec57
 def _watch_again(run: _Run) -> _Row:
     """Take the current batch through the model once more without an update, and measure its layers."""
     run.optimizer.zero_grad()
@@ -856,7 +857,7 @@ def _number(x: float) -> float | str:
     """Round to four digits; JSON has no infinity, so that becomes a word."""
     return float(f"{x:.4g}") if math.isfinite(x) else str(x)
 
-# %% ../nbs/05_train.ipynb #ca6bce9d
+# %% ../nbs/05_train.ipynb #56151e1f
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
     """Hold the run folder; rank 0 does. Raises InputError, telling who holds it, if another process has it."""
@@ -893,7 +894,7 @@ def _try_lock(descriptor: int) -> bool:
         return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # else: no locks on this file system
     return True
 
-# %% ../nbs/05_train.ipynb #a94dd5bc
+# %% ../nbs/05_train.ipynb #5f4858b8
 _MOMENTARY = {"max_steps", "max_minutes", "fsdp"}  # holds for one command, not for the run
 _FREE = _MOMENTARY | {"device", "data_dir", "corpus", "val_corpus", "checkpoint_every", "watch", "tracker"}
 _FIXED = {f.name for f in fields(ModelConfig)} | {"preset", "seed", "run_dir"}
@@ -929,7 +930,7 @@ def train(
             _run_to_end(_open_run(run_dir, config, tokenizer, files, floor, on_eval))
     return run_dir
 
-# %% ../nbs/05_train.ipynb #47efda04
+# %% ../nbs/05_train.ipynb #d7568e4b
 @on_rank0
 def _make_folder(config: TrainConfig, device: str) -> tuple[Path, Tokenizer, _Files, float | None]:
     """Prepare the data, check them, and make the folder of a run; return it with the data and their floor."""
@@ -946,7 +947,7 @@ def _make_folder(config: TrainConfig, device: str) -> tuple[Path, Tokenizer, _Fi
     _write_config(run_dir, {**asdict(replace(config, run_dir=str(run_dir))), **about})
     return run_dir, tokenizer, files, data["floor"]
 
-# %% ../nbs/05_train.ipynb #2cfa50e1
+# %% ../nbs/05_train.ipynb #d53e1476
 def resume(
     run_dir: str | Path,  # the folder of a run that was stopped, killed or finished
     on_eval: _OnEval | None = None,  # as in train
@@ -990,7 +991,7 @@ def load_run(
         raise InputError(f"{run_dir}: the run has no checkpoint yet")
     return model.to(_pick_device(device)), _load_own_tokenizer(run_dir, saved), config
 
-# %% ../nbs/05_train.ipynb #894dc446
+# %% ../nbs/05_train.ipynb #a7db63b9
 def _open_run(
     folder: Path, config: TrainConfig, tokenizer: Tokenizer, files: _Files, floor: float | None, on_eval: _OnEval | None
 ) -> _Run:
@@ -1042,7 +1043,7 @@ def _load_own_tokenizer(run_dir: Path, saved: dict[str, Any]) -> Tokenizer:
         raise InputError(f"{run_dir / 'tokenizer'}: {what}; bring that back")
     return tokenizer
 
-# %% ../nbs/05_train.ipynb #718969ca
+# %% ../nbs/05_train.ipynb #0cb3e7f5
 @on_rank0
 def _record_changes(run: _Run, before: TrainConfig, saved: dict[str, Any], changes: dict[str, Any]) -> None:
     """Note in config.json which fields have another value from the current step on."""
@@ -1057,7 +1058,7 @@ def _write_config(run_dir: Path, content: dict[str, Any]) -> None:
     with atomic_write(run_dir / "config.json", "w") as file:
         json.dump(content, file, indent=1)
 
-# %% ../nbs/05_train.ipynb #d3939ee3
+# %% ../nbs/05_train.ipynb #af6c461f
 def _environment(device: str) -> dict[str, Any]:
     """Describe the machine and the versions in use."""
     cpu = platform.processor() or platform.machine()
@@ -1120,7 +1121,7 @@ def _pick_device(name: str) -> str:
         raise InputError(f"device {name!r} cannot be used here; try {best} or auto") from error
     return name
 
-# %% ../nbs/05_train.ipynb #8e8ad1d5
+# %% ../nbs/05_train.ipynb #0c205f9c
 def _check_machine(config: TrainConfig) -> str:
     """Choose the device; raise InputError if it, the compiler or the tracker is missing, warn of a slow dtype."""
     device = _pick_device(config.device)
@@ -1173,7 +1174,7 @@ def _show(bar: tqdm, config: TrainConfig, log: _Log) -> None:
     bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
     bar.update()
 
-# %% ../nbs/05_train.ipynb #8576af01
+# %% ../nbs/05_train.ipynb #db5224a0
 def _tracker(config: TrainConfig, run_dir: Path, step: int) -> _Track:
     """Open the tracker; what it had heard of later steps, from before a crash, is dropped."""
     if config.tracker == "none" or rank() > 0:
