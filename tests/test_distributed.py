@@ -232,6 +232,11 @@ def test_a_job_that_starts_again_needs_a_name(short, monkeypatch):
         train(short)
 
 
+def test_a_stray_rank_silences_nobody(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["--version"]) == 0 and "tinylm" in capsys.readouterr().out
+
+
 def flags(config, **changes):
     "Spell a config as flags of the command."
     given = asdict(replace(config, **changes)).items()

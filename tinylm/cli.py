@@ -572,7 +572,7 @@ def main(
 # %% ../nbs/10_cli.ipynb #a393665b
 def _one_voice() -> contextlib.AbstractContextManager[None]:
     "Let only the process of rank 0 be heard, where torchrun has started several."
-    if os.environ.get("RANK", "0") == "0":
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return contextlib.nullcontext()
     from tinylm.distributed import only_rank0_speaks
 
