@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['equal_weights', 'longest_match', 'layer_norm', 'log_softmax', 'query_for_distance', 'long_context',
-           'smooth_cross_entropy', 'gradients_in_halves', 'seeds_needed', 'keep_min_p', 'quantize_rows',
-           'number_starts', 'edit_distance', 'ulps']
+           'smooth_cross_entropy', 'whole_gradient', 'gradients_in_halves', 'seeds_needed', 'keep_min_p',
+           'quantize_rows', 'number_starts', 'edit_distance', 'ulps']
 
 # %% ../nbs/12_answers.ipynb #14531c95
 import math
@@ -150,6 +150,23 @@ PARTS["smooth_cross_entropy"] = Part("04_optim", smooth_cross_entropy, {
     "a constant is added": lambda x, t, smoothing: F.cross_entropy(x, t) + smoothing * math.log(x.shape[-1]),
     "the spread is summed over the tokens, not averaged": lambda x, t, smoothing: (
         (1 - smoothing) * F.cross_entropy(x, t) - smoothing * x.log_softmax(-1).sum(-1).mean()),
+})
+
+# %% ../nbs/12_answers.ipynb #cf1e697b
+def whole_gradient(gradients: list[Tensor], rows: list[int]) -> Tensor:
+    "Combine the gradients of the shares' mean losses into that of the whole batch; `rows` are the shares' sizes."
+    return torch.stack([g * n for g, n in zip(gradients, rows, strict=True)]).sum(0) / sum(rows)
+
+# %% ../nbs/12_answers.ipynb #b7dee0da
+PARTS["whole_gradient"] = Part("05_distributed", whole_gradient, {
+    "equal shares": _call(gradients=list(_random(2, 5)), rows=[4, 4]),
+    "shares of 3, 3 and 2 rows": _call(gradients=list(_random(3, 5)), rows=[3, 3, 2]),
+    "a process without a row": _call(gradients=list(_random(2, 5)), rows=[8, 0]),
+}, {
+    "every share counts the same": lambda gradients, rows: sum(gradients) / len(gradients),
+    "the gradients are added up, not averaged": lambda gradients, rows: sum(gradients),
+    "the sum is divided by the number of processes, not of rows": lambda gradients, rows: (
+        sum(g * n for g, n in zip(gradients, rows, strict=True)) / len(rows)),
 })
 
 # %% ../nbs/12_answers.ipynb #5a95045c

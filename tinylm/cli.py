@@ -479,7 +479,7 @@ def _overview() -> str:
             "Begin with `tinylm train`, then `tinylm generate`.\n"
             "`tinylm VERB --help` shows the options of a verb; `tinylm --version` the version.")
 
-# %% ../nbs/10_cli.ipynb #d551aa58
+# %% ../nbs/10_cli.ipynb #9b3a4a0c
 def _help_of(verb: str, argv: Sequence[str]) -> int:
     "Print the help of a verb."
     if verb == "train":
@@ -488,7 +488,8 @@ def _help_of(verb: str, argv: Sequence[str]) -> int:
         preset = next((name for name in PRESETS if name in argv or f"--preset={name}" in argv), "laptop")
         about = ("Train a model, making corpus, tokenizer and token files first where they are missing."
                  f" A preset gives the defaults (here: {preset}), and each flag overrides one."
-                 " With --resume RUN the run's own settings are the defaults.")
+                 " With --resume RUN the run's own settings are the defaults."
+                 " Several processes train together as `torchrun --standalone --nproc_per_node 2 -m tinylm.cli train`.")
         return _help(TrainOptions, "tinylm train", TrainOptions(**vars(PRESETS[preset])), about)
     if verb in ("search", "ablate"):
         from tinylm.ablations import SweepConfig
@@ -565,12 +566,21 @@ def main(
     in_main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
     old = signal.signal(signal.SIGTERM, _on_sigterm) if in_main else None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _one_voice():
             warnings.showwarning = _note
             return _guarded(argv)
     finally:
         if in_main:
             signal.signal(signal.SIGTERM, old)
+
+# %% ../nbs/10_cli.ipynb #a393665b
+def _one_voice() -> contextlib.AbstractContextManager[None]:
+    "Let only the process of rank 0 be heard, where torchrun has started several."
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return contextlib.nullcontext()
+    from tinylm.distributed import only_rank0_speaks
+
+    return only_rank0_speaks()
 
 # %% ../nbs/10_cli.ipynb #3133ab24
 def _note(message: Warning | str, *where: Any, **more: Any) -> None:

@@ -129,6 +129,11 @@ def _loop_can_take(tensors: Iterable[Any]) -> bool:
         dtypes.add(t.dtype)
     return len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
 
+# %% ../nbs/04_optim.ipynb #b7c1e0d2
+def _own_parts(*tensors: Any) -> Any:
+    "Take what this process keeps of tensors that several have shared out, or all of others."
+    return [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
+
 # %% ../nbs/04_optim.ipynb #9d6b5578
 class AdamW(torch.optim.Optimizer):
     """Update parameters by Adam with decoupled weight decay (Loshchilov and Hutter 2017, arXiv:1711.05101).
@@ -160,11 +165,11 @@ class AdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     state = self._remember(p)
-                    parts = (p, p.grad, state["m"], state["v"])
-                    if _loop_can_take(parts):
-                        _adamw_compiled(*parts, state["step"], group)
+                    w, g, m, v = _own_parts(p, p.grad, state["m"], state["v"])
+                    if _loop_can_take((w, g, m, v)):
+                        _adamw_compiled(w, g, m, v, state["step"], group)
                     else:
-                        rest.append((*parts, state["step"]))
+                        rest.append((w, g, m, v, state["step"]))
             if rest:
                 params, grads, ms, vs, steps = map(list, zip(*rest, strict=True))
                 _adamw_update(params, grads, ms, vs, steps, group)

@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'get_batch', 'evaluate', 'evaluate_stories', 'fables_floor
            'train_step', 'save_checkpoint', 'load_checkpoint', 'Stopped', 'train', 'resume', 'load_run', 'plot_run',
            'plot_watch', 'Forecast', 'forecast', 'TrainOptions', 'record_run']
 
-# %% ../nbs/05_train.ipynb #8f3c357b
+# %% ../nbs/05_train.ipynb #6b98b374
 import errno
 import hashlib
 import importlib.util
@@ -38,6 +38,18 @@ from tqdm import tqdm
 
 import tinylm
 from .data import END_OF_TEXT, InputError, atomic_write, corpus_name, fable_logprob, fetch_corpus
+from tinylm.distributed import (
+    can_restart,
+    gathered,
+    joined,
+    max_over_ranks,
+    mean_over_ranks,
+    on_rank0,
+    rank,
+    spread,
+    whole,
+    world_size,
+)
 from .model import ModelConfig, TransformerLM, flops_per_token, memory_table, num_parameters
 from .optim import AdamW, clip_grad_norm, cosine_lr, cross_entropy
 from .tokenizer import TokenFile, Tokenizer, file_sha256, train_bpe
@@ -89,8 +101,9 @@ def _starts_of_step(tokens: np.ndarray, config: "TrainConfig", step: int) -> np.
 
 
 def _batch_of_step(tokens: np.ndarray, config: "TrainConfig", step: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Gather the windows of one step."""
-    return _windows(tokens, _starts_of_step(tokens, config, step), config.context_length, device)
+    """Gather the windows of one step; of several processes, each takes its share."""
+    starts = _starts_of_step(tokens, config, step)[rank() :: world_size()]
+    return _windows(tokens, starts, config.context_length, device)
 
 # %% ../nbs/05_train.ipynb #34a942d6
 def _validation_starts(num_tokens: int, context_length: int, num_windows: int) -> np.ndarray:
@@ -195,6 +208,7 @@ class TrainConfig(ModelConfig):
     grad_accum_steps: int = 1  # pieces that a batch goes through the model in, one after the other, to save memory
     dtype: Literal["float32", "bfloat16"] = "float32"  # numbers in the matrix products; weights stay float32
     compile: bool = False  # let torch.compile write faster code for the model first
+    fsdp: bool = False  # under torchrun, let each process keep a part of the model instead of all of it
     max_steps: int | None = None  # steps to take; None means cosine_cycle_iters
     max_minutes: float | None = None  # stop after so many minutes with a checkpoint; --resume goes on
     allow_changes: bool = False  # with --resume: let other flags change the training from here on, and record it
@@ -396,8 +410,8 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = config.lr_at(step)
     optimizer.zero_grad()
-    loss = _add_gradients(model, batch, config)
-    grad_norm = clip_grad_norm(model.parameters(), config.max_l2_norm)
+    loss = mean_over_ranks(_add_gradients(model, batch, config))
+    grad_norm = whole(clip_grad_norm(model.parameters(), config.max_l2_norm))
     loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         raise Diverged(step, loss_value, norm_value)
@@ -405,6 +419,7 @@ def train_step(
     return loss_value, norm_value
 
 # %% ../nbs/05_train.ipynb #32dc456e
+@on_rank0
 def _write_folder(out: Path, files: dict[str, bytes]) -> None:
     """Write a folder of files all at once: after a crash it is either whole or not there."""
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
@@ -480,7 +495,8 @@ def save_checkpoint(
     Raises InputError when the place cannot be written or is full; nothing half-written stays.
     """
     moments, numbers = _pack_optimizer(model, optimizer)
-    files = {"model.safetensors": save_tensors(model.state_dict()), "optimizer.safetensors": save_tensors(moments)}
+    tensors = {"model.safetensors": model.state_dict(), "optimizer.safetensors": moments}
+    files = {name: save_tensors(gathered(content)) for name, content in tensors.items()}
     state = {"iteration": iteration, "optimizer": numbers, "extra": extra or {}}
     files["state.json"] = json.dumps({**state, "sha256": _checksums(files, state)}, indent=1).encode()
     _write_folder(Path(out), files)
@@ -586,10 +602,16 @@ class _Log:
         self.run_dir, self.pending, self.track = run_dir, saved["pending"], track
         self.layers: _Row = {}
         self.started = time.perf_counter() - saved["seconds"]
-        for name in self.names:
-            with open(run_dir / name, "ab") as file:
-                file.truncate(min(file.tell(), saved["sizes"].get(name, 0)))
+        self.cut_back(saved["sizes"])
 
+    @on_rank0
+    def cut_back(self, sizes: dict[str, int]) -> None:
+        """Make the files as long as they were when the checkpoint was written."""
+        for name in self.names:
+            with open(self.run_dir / name, "ab") as file:
+                file.truncate(min(file.tell(), sizes.get(name, 0)))
+
+    @on_rank0
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must know to go on with this log, after storing the files for good."""
         sizes = {}
@@ -614,6 +636,7 @@ class _Log:
         self.track(row)
         self.pending, self.layers = [], {}
 
+    @on_rank0
     def append(self, name: str, text: str) -> None:
         """Add text to one of the files."""
         with open(self.run_dir / name, "a", encoding="utf-8") as file:
@@ -636,7 +659,8 @@ class _Run:
     on_eval: _OnEval | None
     device: str
     model: TransformerLM
-    forward: Any  # the model itself, or what torch.compile made of it
+    eager: nn.Module  # the model itself, or what averages its gradients over several processes
+    forward: Any  # the same, or what torch.compile made of it
     optimizer: AdamW
     log: _Log
     step: int
@@ -671,12 +695,12 @@ def _take_step(run: _Run) -> None:
     batch = _batch_of_step(run.train_tokens, config, run.step, run.device)
     watching = config.watch and run.step % config.log_every == 0
     with _Watch(run.model) if watching else nullcontext() as watch:
-        loss, norm = train_step(run.model if watch else run.forward, run.optimizer, batch, config, run.step)
+        loss, norm = train_step(run.eager if watch else run.forward, run.optimizer, batch, config, run.step)
         if watch:
             run.log.layers = watch.report(clipped_to=config.max_l2_norm / (norm + 1e-6))
     run.log.pending.append([loss, norm, time.perf_counter() - began])
 
-# %% ../nbs/05_train.ipynb #25bbe660
+# %% ../nbs/05_train.ipynb #a0edf80c
 def _evaluate_and_log(run: _Run) -> None:
     """Measure the validation loss, at the end whole stories too, and let the callback tell a story."""
     val_loss = evaluate(run.model, run.valid_tokens, run.config)
@@ -687,10 +711,20 @@ def _evaluate_and_log(run: _Run) -> None:
         loss, _, stories = evaluate_stories(run.model, run.valid_tokens, _end_id(run.tokenizer))
         more |= {"story_loss": loss, "floor": run.floor, "stories": stories}
     run.log.line(run.config, run.step, **more)
-    text = run.on_eval(run.model, run.tokenizer, run.step) if run.on_eval else None
+    text = _story(run, gathered(run.model.state_dict()) if run.config.fsdp else {}) if run.on_eval else None
     if text is not None:
         run.log.append("samples.txt", f"=== step {run.step} ===\n{text}\n\n")
         tqdm.write(f"--- after step {run.step}:\n{text}\n")
+
+
+@on_rank0
+def _story(run: _Run, weights: dict[str, Tensor]) -> str | None:
+    """Let the callback tell a story; a model that is shared out is built anew from its gathered weights."""
+    model = run.model
+    if run.config.fsdp:
+        model = TransformerLM(run.config)
+        model.load_state_dict(weights)
+    return run.on_eval(model, run.tokenizer, run.step) if run.on_eval else None
 
 # %% ../nbs/05_train.ipynb #2360e754
 def _save(run: _Run) -> None:
@@ -700,13 +734,19 @@ def _save(run: _Run) -> None:
         raise Diverged(run.step, run.log.pending[-1][0] if run.log.pending else math.nan, norm)
     folder = run.folder / "checkpoints" / f"step-{run.step:08d}"
     save_checkpoint(run.model, run.optimizer, run.step, folder, run.log.state())
-    for old in _checkpoints(run.folder)[_CHECKPOINTS_KEPT:]:
-        shutil.rmtree(old)
+    _remove(_checkpoints(run.folder)[_CHECKPOINTS_KEPT:])
+
+
+@on_rank0
+def _remove(folders: list[Path]) -> None:
+    """Delete folders and what is in them."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _length(tensors: list[Tensor]) -> float:
     """Compute the L2 norm of several tensors together."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).item()
+    return whole(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))).item()
 
 # %% ../nbs/05_train.ipynb #e8606d64
 class Stopped(KeyboardInterrupt):
@@ -726,17 +766,18 @@ class _Stop:
 
     def __init__(self, max_minutes: float | None):
         self.max_minutes = max_minutes
-        self.signum: int | None = None
+        self.signum = self.stopped_by = 0  # the signal that came here, and the one that all processes stop for
         self.deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
 
     def is_due(self) -> bool:
-        """Whether the run shall stop after this step."""
-        return self.signum is not None or time.monotonic() >= self.deadline
+        """Whether the run shall stop after this step, for a signal or the clock of any of its processes."""
+        self.stopped_by = max_over_ranks(self.signum)
+        return bool(self.stopped_by or max_over_ranks(time.monotonic() >= self.deadline))
 
     def say(self, run: _Run) -> None:
         """Tell of a run that was stopped before its last step; raise Stopped if it was by a signal."""
-        if self.signum is not None:
-            raise Stopped(self.signum, run.folder)
+        if self.stopped_by:
+            raise Stopped(self.stopped_by, run.folder)
         _say(f"{self.max_minutes} minutes are over at step {run.step}; go on with --resume {run.folder}")
 
     def _note(self, signum: int, frame: Any) -> None:
@@ -787,7 +828,7 @@ class _Watch:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self.activations[name] = output.detach().float().square().mean().sqrt().item()
+            self.activations[name] = mean_over_ranks(output.detach().float().square().mean()).sqrt().item()
 
         return note
 
@@ -808,7 +849,7 @@ def _watch_again(run: _Run) -> _Row:
     """Take the current batch through the model once more without an update, and measure its layers."""
     run.optimizer.zero_grad()
     with _Watch(run.model) as watch:
-        _add_gradients(run.model, _batch_of_step(run.train_tokens, run.config, run.step, run.device), run.config)
+        _add_gradients(run.eager, _batch_of_step(run.train_tokens, run.config, run.step, run.device), run.config)
         return watch.report()
 
 
@@ -819,7 +860,10 @@ def _number(x: float) -> float | str:
 # %% ../nbs/05_train.ipynb #56151e1f
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder. Raises InputError, telling who holds it, if another process does."""
+    """Hold the run folder; rank 0 does. Raises InputError, telling who holds it, if another process has it."""
+    if rank() > 0:
+        yield
+        return
     try:
         descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
@@ -851,7 +895,7 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 # %% ../nbs/05_train.ipynb #5f4858b8
-_MOMENTARY = {"max_steps", "max_minutes"}  # holds for one command, not for the run
+_MOMENTARY = {"max_steps", "max_minutes", "fsdp"}  # holds for one command, not for the run
 _FREE = _MOMENTARY | {"device", "data_dir", "corpus", "val_corpus", "checkpoint_every", "watch", "tracker"}
 _FIXED = {f.name for f in fields(ModelConfig)} | {"preset", "seed", "run_dir"}
 
@@ -866,7 +910,7 @@ def _difference(config: TrainConfig, changes: dict[str, Any], allow_changes: boo
         raise InputError(f"{config.run_dir}: the run cannot go on with {diff}; {advice}")
     return changes
 
-# %% ../nbs/05_train.ipynb #d7568e4b
+# %% ../nbs/05_train.ipynb #b710cfb7
 def train(
     config: TrainConfig,  # the whole description of the run
     on_eval: _OnEval | None = None,  # called as (model, tokenizer, step) after evaluations; returns text to keep
@@ -876,21 +920,32 @@ def train(
     Raises InputError for a mistake that the user can mend, Diverged if the loss stops being finite, and
     Stopped when a signal asked for it.
     """
+    with joined():
+        device = _check_machine(config)
+        if can_restart() and on_rank0(Path.exists)(Path(str(config.run_dir), "config.json")):
+            run_dir = Path(str(config.run_dir))
+            return resume(run_dir, on_eval, changes=asdict(replace(config, run_dir=str(run_dir))))
+        run_dir, tokenizer, files, floor = _make_folder(config, device)
+        with _locked(run_dir):
+            _run_to_end(_open_run(run_dir, config, tokenizer, files, floor, on_eval))
+    return run_dir
+
+# %% ../nbs/05_train.ipynb #d7568e4b
+@on_rank0
+def _make_folder(config: TrainConfig, device: str) -> tuple[Path, Tokenizer, _Files, float | None]:
+    """Prepare the data, check them, and make the folder of a run; return it with the data and their floor."""
     stamp = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{corpus_name(config.corpus)}-{config.preset}"
     run_dir = Path(config.run_dir or f"runs/{stamp}")
     _refuse_existing(run_dir)
-    device = _check_machine(config)
     tokenizer, files, paths = _prepare(config)
     _check_data(config, tokenizer, *files)
     data = _describe_data(config, tokenizer, files, paths["train"])
     about = {"data": data, "commit": _commit(), "environment": _environment(device)}
     _refuse_existing(run_dir)  # preparing took a while
     run_dir.mkdir(parents=True)
-    with _locked(run_dir):
-        tokenizer.save(run_dir / "tokenizer")
-        _write_config(run_dir, {**asdict(replace(config, run_dir=str(run_dir))), **about})
-        _run_to_end(_open_run(run_dir, config, tokenizer, files, data["floor"], on_eval))
-    return run_dir
+    tokenizer.save(run_dir / "tokenizer")
+    _write_config(run_dir, {**asdict(replace(config, run_dir=str(run_dir))), **about})
+    return run_dir, tokenizer, files, data["floor"]
 
 # %% ../nbs/05_train.ipynb #d53e1476
 def resume(
@@ -907,17 +962,17 @@ def resume(
     """
     run_dir = Path(run_dir)
     _read_config(run_dir)
-    with _locked(run_dir):
+    with joined(), _locked(run_dir):
         config, saved = _read_config(run_dir)
+        config = replace(config, fsdp=False)  # each command says it anew
         changes = {**(changes or {}), **({} if max_steps is None else {"max_steps": max_steps})}
         changes = _difference(config, changes, allow_changes)
         changed = replace(config, **changes)
         _check_machine(changed)
-        tokenizer, files, _ = _prepare(changed)
+        tokenizer, files, _ = on_rank0(_prepare)(changed)
         _check_data(changed, tokenizer, *files)
         _check_same_data(run_dir, saved, tokenizer, files)
-        for leftover in (run_dir / "checkpoints").glob(".*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _remove(list((run_dir / "checkpoints").glob(".*.tmp")))
         run = _open_run(run_dir, changed, tokenizer, files, saved["data"]["floor"], on_eval)
         _record_changes(run, config, saved, changes)
         _run_to_end(run)
@@ -949,11 +1004,12 @@ def _open_run(
         group |= {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     step = state["iteration"] if state else 0
     log = _Log(folder, state, _tracker(config, folder, step))
-    forward = torch.compile(model) if config.compile else model
+    eager = spread(model, optimizer, config.fsdp)
+    forward = torch.compile(eager) if config.compile else eager
     train_tokens, valid_tokens = (file.tokens() for file in files)
     return _Run(
-        folder, config, tokenizer, train_tokens, valid_tokens, floor, on_eval, device, model, forward, optimizer, log,
-        step,
+        folder, config, tokenizer, train_tokens, valid_tokens, floor, on_eval, device, model, eager, forward, optimizer,
+        log, step,
     )  # fmt: skip
 
 # %% ../nbs/05_train.ipynb #e8805289
@@ -988,6 +1044,7 @@ def _load_own_tokenizer(run_dir: Path, saved: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 # %% ../nbs/05_train.ipynb #0cb3e7f5
+@on_rank0
 def _record_changes(run: _Run, before: TrainConfig, saved: dict[str, Any], changes: dict[str, Any]) -> None:
     """Note in config.json which fields have another value from the current step on."""
     lasting = {name: new for name, new in changes.items() if name not in _MOMENTARY}
@@ -1010,7 +1067,8 @@ def _environment(device: str) -> dict[str, Any]:
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
-        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "platform": platform.platform(),
+        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "processes": world_size(), "platform": platform.platform(),
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
         "tinylm": tinylm.__version__,
     }  # fmt: skip
@@ -1069,6 +1127,7 @@ def _pick_device(name: str) -> str:
 def _check_machine(config: TrainConfig) -> str:
     """Choose the device; raise InputError if it, the compiler or the tracker is missing, warn of a slow dtype."""
     device = _pick_device(config.device)
+    _check_processes(config)
     if config.compile and device == "cpu" and not any(map(shutil.which, _COMPILERS)):
         raise InputError(f"compile needs a C++ compiler on the PATH: {', '.join(_COMPILERS[1:])}; or leave it out")
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
@@ -1078,6 +1137,17 @@ def _check_machine(config: TrainConfig) -> str:
         if ratio > 1:
             _say(f"bfloat16 products take {ratio:.1f} times as long as float32 on this {device}; leave --dtype out")
     return device
+
+
+def _check_processes(config: TrainConfig) -> None:
+    """Raise InputError unless as many processes as there are can share the training."""
+    pieces = world_size() * config.grad_accum_steps
+    if config.batch_size % pieces:
+        raise InputError(f"batch_size {config.batch_size} must be a multiple of {pieces}: processes x grad_accum_steps")
+    if config.fsdp and world_size() == 1:
+        raise InputError("fsdp shares out the model among several processes; start them with torchrun, or leave it out")
+    if can_restart() and config.run_dir is None:
+        raise InputError("torchrun --max-restarts needs --run_dir, by which a run that starts again is found")
 
 
 _COMPILERS = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
@@ -1109,7 +1179,7 @@ def _show(bar: tqdm, config: TrainConfig, log: _Log) -> None:
 # %% ../nbs/05_train.ipynb #db5224a0
 def _tracker(config: TrainConfig, run_dir: Path, step: int) -> _Track:
     """Open the tracker; what it had heard of later steps, from before a crash, is dropped."""
-    if config.tracker == "none":
+    if config.tracker == "none" or rank() > 0:
         return lambda row: None
     if config.tracker == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
