@@ -124,7 +124,7 @@ def test_a_run_that_kills_its_worker_every_time_is_given_up_after_the_others(tin
               "    print(*a.run_here(configs, sys.argv[2], jobs=1))\n")
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
     configs = json.dumps([vars(config) for config in (poison, replace(tiny, max_steps=20))])
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, str(tmp_path / "script.py"), configs, str(tmp_path / "records")],
                           capture_output=True, text=True, env=env, timeout=120)
     assert done.stdout.splitlines()[-1] == run_name(poison), done.stdout + done.stderr

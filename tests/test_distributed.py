@@ -27,8 +27,15 @@ STEPS = 24
 def torchrun(processes, *arguments, restarts=0):
     "Start this file in several processes by torchrun; returns what became of the job."
     launch = ["--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}", __file__, *arguments]
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", *map(str, launch)], capture_output=True,
-                          text=True, encoding="utf-8", timeout=90, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, launch)], text=True,
+                           encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        said = job.communicate(timeout=90)
+    except subprocess.TimeoutExpired:
+        job.terminate()  # torchrun ends its processes first
+        said = job.communicate()
+    return subprocess.CompletedProcess(job.args, job.returncode, *said)
 
 
 # --- what runs in each process
