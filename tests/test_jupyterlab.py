@@ -21,7 +21,7 @@ SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # else only the cells in sight are on the page
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
-PATIENCE = 150  # seconds for a chapter on two slow cores, another running beside it
+PATIENCE = 240  # seconds for a chapter on two slow cores, others running beside it
 PROMPTS = "Array.from(document.querySelectorAll('.jp-CodeCell .jp-InputPrompt'), e => e.innerText)"
 PICTURES = "Array.from(document.querySelectorAll('.jp-OutputArea-output img')).filter(e => e.naturalWidth > 0).length"
 
