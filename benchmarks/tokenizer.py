@@ -107,7 +107,7 @@ def encode_tinylm(folder, num_workers):
     def encode(path):
         with open(path, "rb") as stream:
             chunks = iter(lambda: stream.read(1 << 20), b"")
-            return list(tokenizer._encoder.encode_chunks(chunks, num_workers=num_workers, dtype=np.dtype("<u2")))
+            return list(tokenizer._encoder.encode_chunks(chunks, num_workers=num_workers))
 
     def to_file(path):
         tokenizer.encode_file(path, Path(folder) / "encoded.bin", num_workers=num_workers)
