@@ -1317,7 +1317,7 @@ def _encode(ranks, data, starts, num, specials, spans, lines, out, k, width):
             j += _ONE
     return k
 
-# %% ../nbs/09_kernels.ipynb #d93badb4
+# %% ../nbs/09_kernels.ipynb #12b0880b
 class _Worker(_Splitter):
     "What one thread needs to encode blocks."
 
@@ -1332,7 +1332,7 @@ class _Worker(_Splitter):
         width = self.dtype.itemsize // 2
         most = width * n + _PAD
         if self.used + most > len(self.out):
-            self.out, self.used = np.empty(max(most, 1 << 23), np.uint16), 0
+            self.out, self.used = np.empty(max(most, 1 << 22), np.uint16), 0
         _, _, starts, spans = self.scratch
         first, self.used = self.used, _encode(
             self.ranks, data, starts, num, self.specials, spans, self.lines, self.out, self.used, width)

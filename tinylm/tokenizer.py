@@ -213,7 +213,7 @@ def _unknown_id(ids: np.ndarray, vocab: dict[int, bytes], vocab_size: int) -> in
         return None
     return next((i for i in ids.tolist() if i not in vocab), None)
 
-# %% ../nbs/00_tokenizer.ipynb #982dfe0c
+# %% ../nbs/00_tokenizer.ipynb #9afd3155
 class Tokenizer:
     "Turn text into token ids and back."
 
@@ -247,6 +247,10 @@ class Tokenizer:
         if (unknown := _unknown_id(array, self.vocab, self.vocab_size)) is not None:
             raise InputError(f"token id {unknown}: not in the vocabulary of {self.vocab_size} tokens")
         return self._decoder.decode(array).decode(errors="replace")
+
+    def decode_batch(self, batch: Iterable[Iterable[int] | np.ndarray]) -> list[str]:
+        "Turn several lists of ids into texts."
+        return [self.decode(ids) for ids in batch]
 
     @cached_property
     def fingerprint(self) -> str:
