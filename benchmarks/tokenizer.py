@@ -214,7 +214,8 @@ def stream_one(job):
     from tinylm.tokenizer import Tokenizer
 
     tokenizer, path = Tokenizer.load(job["tokenizer"]), Path(job["folder"]) / "stream.txt"
-    text = Path(job["path"]).read_text(encoding="utf-8", errors="replace")[: 10**6]
+    with open(job["path"], encoding="utf-8", errors="replace") as file:
+        text = file.read(10**6)
     sizes = [int(part * job["bytes"]) for part in (0.1, 0.2, 0.4, 1)]
     result, peaks = {}, []
 

@@ -238,6 +238,16 @@ def fables_decoder() -> Decoder:
     return Decoder(fables_tokenizer().vocab)
 
 
+def test_ids_of_any_size_and_type_are_the_same_ids():
+    merges, data = trained("fables")
+    large = np.where(merges < 256, merges, merges + 100_000)
+    special = 256 + len(merges)
+    expected = Encoder(range(256), merges, special_tokens={END: special}, dtype=np.uint16).encode(data)
+    ids = Encoder(range(256), large, 100_256 + np.arange(len(merges)), {END: 100_000 + special}).encode(data)
+    assert expected.dtype == np.uint16 and ids.dtype == np.uint32 and ids.max() == 100_000 + special
+    assert np.array_equal(np.where(ids < 256, ids, ids - 100_000), expected)
+
+
 def test_more_pretokens_than_the_cache_has_lines():
     draw = random.Random(0)
     letters = bytes.maketrans(b"0123456789abcdef", b"abcdefghijklmnop")
@@ -383,6 +393,9 @@ def test_mistakes_are_errors():
         Decoder({0: b"a"}).decode([-1])
     with pytest.raises(ValueError, match="2,097,152"):
         Encoder(range(256), [(97, 98)], [1 << 21])
+    for new_ids, special in (([1 << 16], {}), ([256], {END: 1 << 16})):
+        with pytest.raises(ValueError, match="65,536"):
+            Encoder(range(256), [(97, 98)], new_ids, special, np.uint16)
     with pytest.raises(ValueError, match="at least one byte"):
         split_pretokens(b"a", [b""])
 
