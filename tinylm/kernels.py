@@ -320,7 +320,7 @@ def _find_specials(data, n, specials, spans):
         i = _find_byte(data, i + size, n, specials.firsts)
     return num
 
-# %% ../nbs/09_kernels.ipynb #f6444b12
+# %% ../nbs/09_kernels.ipynb #731cf171
 class _Scratch(NamedTuple):
     "Memory to split a block of n bytes in."
     kind: np.ndarray  # (n + _PAD,) uint8
@@ -329,8 +329,8 @@ class _Scratch(NamedTuple):
     spans: np.ndarray  # (n + 1, 3) int32: start, end and number of each special token, then a start past n
 
 def _make_scratch(n: int) -> _Scratch:
-    flat = (np.empty(n + _PAD, dtype) for dtype in (np.uint8, np.uint8, np.int32))
-    return _Scratch(*flat, np.empty((n + 1, 3), np.int32))
+    kind, start = np.empty((2, n + _PAD), np.uint8)
+    return _Scratch(kind, start, np.empty(n + _PAD, np.int32), np.empty((n + 1, 3), np.int32))
 
 @_compiled
 def _split(data, n, specials, scratch):
