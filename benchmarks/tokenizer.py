@@ -107,7 +107,7 @@ def encode_tinylm(folder, num_workers):
     def encode(path):
         with open(path, "rb") as stream:
             chunks = iter(lambda: stream.read(1 << 20), b"")
-            return list(tokenizer._encoder.encode_chunks(chunks, num_workers=num_workers, dtype=np.dtype("<u2")))
+            return list(tokenizer._encoder.encode_chunks(chunks, num_workers=num_workers))
 
     def to_file(path):
         tokenizer.encode_file(path, Path(folder) / "encoded.bin", num_workers=num_workers)
@@ -210,20 +210,35 @@ def timed(result, name):
 
 
 def stream_one(job):
-    "Encode a text of many GB as a stream of strings, and print the peak memory near its start and at its end."
+    "Encode texts of more and more GB, as a stream of strings and as a file; print the peak memory after each."
     from tinylm.tokenizer import Tokenizer
 
-    text = Path(job["path"]).read_text(encoding="utf-8", errors="replace")[: 10**6]
-    times, result, start = job["bytes"] // len(text.encode()), {}, time.perf_counter()
-    peaks = []
+    tokenizer, path = Tokenizer.load(job["tokenizer"]), Path(job["folder"]) / "stream.txt"
+    with open(job["path"], encoding="utf-8", errors="replace") as file:
+        text = file.read(10**6)
+    sizes = [int(part * job["bytes"]) for part in (0.1, 0.2, 0.4, 1)]
+    result, peaks = {}, []
 
     def chunks():
-        for _ in range(10):
-            yield from itertools.repeat(text, times // 10)
+        written = 0
+        for size in sizes:
+            while written < size:
+                yield text
+                written += len(text.encode())
             peaks.append(peak_memory())
 
-    result["tokens"] = sum(1 for _ in Tokenizer.load(job["tokenizer"]).encode_iterable(chunks()))
-    print(json.dumps(result | {"seconds": time.perf_counter() - start, "peaks": peaks}))
+    with timed(result, "seconds"):
+        result["tokens"] = sum(1 for _ in tokenizer.encode_iterable(chunks()))
+    result |= {"peaks": peaks, "file_peaks": []}
+    for size in sizes:
+        with open(path, "a", encoding="utf-8") as file:
+            while file.tell() < size:
+                file.write(text)
+        tokenizer.encode_file(path, path.with_suffix(".bin"), num_workers=job["threads"])
+        result["file_peaks"].append(peak_memory())
+    for made in (path, path.with_suffix(".bin"), path.with_suffix(".json")):
+        made.unlink()
+    print(json.dumps(result | {"bytes": sizes}))
 
 
 def peak_memory():
@@ -400,8 +415,10 @@ def sentence(size, result):
         return result
     if "peaks" not in result:
         return f"{result['first']:.0f} s"
-    peaks = f"{result['peaks'][0]:.0f} MB after a tenth of it, {result['peaks'][-1]:.0f} MB at its end"
-    return f"{size / 1e9:.1f} GB, {result['tokens']:,} ids in {result['seconds']:.0f} s; peak memory {peaks}"
+    lines = ["| GB | peak MB, as a stream of strings | peak MB, as a file |\n|---:|---:|---:|"]
+    for one in zip(result["bytes"], result["peaks"], result["file_peaks"], strict=True):
+        lines.append(f"| {one[0] / 1e9:.1f} | {one[1]:.0f} | {one[2]:.0f} |")
+    return "\n".join(lines)
 
 
 def measure(title, tools, job_of, repeat):

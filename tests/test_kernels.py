@@ -98,6 +98,10 @@ def test_every_character_is_decoded_and_classified():
     assert split_pretokens(text.encode()) == expected_pretokens(text, special=False)
 
 
+def test_an_apostrophe_of_a_special_token_begins_no_contraction():
+    assert split_pretokens(b"<'sun <'llama", [b"<'"]) == [b"<'", b"sun", b" ", b"<'", b"llama"]
+
+
 @QUICK
 @given(TEXTS)
 @example("it's 'sam ''s 's's 'll 'l l don't'")
@@ -234,18 +238,28 @@ def fables_decoder() -> Decoder:
     return Decoder(fables_tokenizer().vocab)
 
 
+def test_ids_of_any_size_and_type_are_the_same_ids():
+    merges, data = trained("fables")
+    large = np.where(merges < 256, merges, merges + 100_000)
+    special = 256 + len(merges)
+    expected = Encoder(range(256), merges, special_tokens={END: special}, dtype=np.uint16).encode(data)
+    ids = Encoder(range(256), large, 100_256 + np.arange(len(merges)), {END: 100_000 + special}).encode(data)
+    assert expected.dtype == np.uint16 and ids.dtype == np.uint32 and ids.max() == 100_000 + special
+    assert np.array_equal(np.where(ids < 256, ids, ids - 100_000), expected)
+
+
 def test_more_pretokens_than_the_cache_has_lines():
     draw = random.Random(0)
     letters = bytes.maketrans(b"0123456789abcdef", b"abcdefghijklmnop")
     num = (1 << kernels._ENCODE_BITS) * 5 // 4
     words = [b" forever" + (b"%07x" % draw.getrandbits(28)).translate(letters) for _ in range(num)]
     encoder, data = fables_encoder(), b"".join(words)
-    fresh = kernels._Worker(encoder._specials, encoder._ranks)
+    fresh = kernels._Worker(encoder._specials, encoder._ranks, encoder.dtype)
     one_by_one = []
     for i in range(0, len(words), 1000):  # few at a time, and then forget them
         part = b"".join(words[i : i + 1000])
-        one_by_one.append(fresh.encode((kernels._pad(part), len(part)), np.dtype(np.uint32)))
-        fresh.lines[:] = 0
+        one_by_one.append(fresh.encode((kernels._pad(part), len(part))))
+        fresh.lines[:] = kernels._EMPTY
     for _ in range(2):
         assert np.array_equal(encoder.encode(data), np.concatenate(one_by_one))
 
@@ -260,8 +274,8 @@ def test_short_and_long_pretokens_merge_alike(pairs, data):
     ranks = Encoder(byte_ids, pairs, new_ids)._ranks
     block, n = kernels._pad(letters), len(letters)
     one, two = np.zeros((2, n + 16), np.uint32)
-    n1 = kernels._merge_short(*ranks, block, 0, n, one, 0, np.zeros(n + 1, np.int32)) if n else 0
-    n2 = kernels._merge_long(*ranks, block, 0, n, two, 0) if n else 0
+    n1 = kernels._merge_short(*ranks, block, 0, n, one, np.zeros(n + 1, np.int32)) if n else 0
+    n2 = kernels._merge_long(*ranks, block, 0, n, two) if n else 0
     assert one[:n1].tolist() == two[:n2].tolist()
 
 
@@ -351,7 +365,7 @@ def test_memory_does_not_grow_with_the_stream():
         return size
 
     peak(2)
-    assert peak(100) < 1.5 * peak(20)
+    assert peak(400) < 1.5 * peak(100)
 
 
 class Repeated(io.RawIOBase):
@@ -379,6 +393,9 @@ def test_mistakes_are_errors():
         Decoder({0: b"a"}).decode([-1])
     with pytest.raises(ValueError, match="2,097,152"):
         Encoder(range(256), [(97, 98)], [1 << 21])
+    for new_ids, special in (([1 << 16], {}), ([256], {END: 1 << 16})):
+        with pytest.raises(ValueError, match="65,536"):
+            Encoder(range(256), [(97, 98)], new_ids, special, np.uint16)
     with pytest.raises(ValueError, match="at least one byte"):
         split_pretokens(b"a", [b""])
 

@@ -400,6 +400,11 @@ def test_ids_outside_the_vocabulary(tokenizer, bad):
         tokenizer.decode([65, bad])
 
 
+@given(st.lists(st.lists(st.integers(0, 499)), max_size=5))
+def test_batches_decode_as_those_of_tiktoken(tokenizer, tiktoken_encoding, batch):
+    assert tokenizer.decode_batch(batch) == tiktoken_encoding.decode_batch(batch)
+
+
 def test_numpy_ids_decode(tokenizer):
     assert tokenizer.decode(np.array(tokenizer.encode("seen 🦊"), np.uint16)) == "seen 🦊"
 

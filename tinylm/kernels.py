@@ -80,17 +80,6 @@ def _mark_starts(kind, n, start):
         word = (here < _SPACE) & (before != _SPACE) & (before != here)
         start[i] = white | word
 
-# %% ../nbs/09_kernels.ipynb #5bfdb3a2
-@_compiled
-def _list_starts(start, n, starts):
-    "List the places that are marked; return how many there are."
-    num = 0
-    for i in range(n):
-        starts[num] = i
-        num += start[i]
-    starts[num] = n
-    return num
-
 # %% ../nbs/09_kernels.ipynb #bd91a3f4
 # Unicode 17.0: zlib-compressed little-endian uint32, one a run of code points, length * 8 + kind.
 _RUNS = (
@@ -201,6 +190,27 @@ def _find_byte(data, i, n, wanted):
         i += 8
     return n
 
+# %% ../nbs/09_kernels.ipynb #35ed3319
+_GATHER = _u64(0x0102040810204080)
+_MARKED = np.array([([j for j in range(8) if byte >> j & 1] + [0] * 8)[:8] for byte in range(256)], np.uint8)
+
+@_compiled
+def _list_starts(start, n, starts):
+    "List the places that are marked; return how many there are. Behind n, eight places must not be marked."
+    num = _u64(0)
+    for i in range(_u64(0), _u64(n), _u64(8)):
+        marks = _load8(start, i)
+        row, count, first = marks * _GATHER >> _u64(56), marks * _ONES >> _u64(56), np.int32(i)
+        starts[num] = first + _MARKED[row, _u64(0)]
+        starts[num + _u64(1)] = first + _MARKED[row, _u64(1)]
+        starts[num + _u64(2)] = first + _MARKED[row, _u64(2)]
+        if count > _u64(3):
+            for j in range(3, 8):
+                starts[num + _u64(j)] = first + _MARKED[row, _u64(j)]
+        num += count
+    starts[num] = n
+    return np.int64(num)
+
 # %% ../nbs/09_kernels.ipynb #75e6c40b
 @_compiled
 def _classify_wide(data, n, kind):
@@ -234,11 +244,11 @@ def _mend_wide_white(data, n, kind, start):
             start[i] = i == 0 or kind[i - 1] < _SPACE or kind[i + size] < _SPACE
             start[i + 1 : i + size] = 0
 
-# %% ../nbs/09_kernels.ipynb #c895d636
+# %% ../nbs/09_kernels.ipynb #21134a07
 @_compiled
 def _contraction(data, i, kind):
     "The size of the contraction whose apostrophe stands at i, or 0."
-    if kind[i + 1] != _LETTER:
+    if kind[i] != _OTHER or kind[i + 1] != _LETTER:  # an apostrophe in a special token is of another kind
         return 0
     b, c = data[i + 1], data[i + 2]
     if b == ord("s") or b == ord("d") or b == ord("m") or b == ord("t"):
@@ -257,7 +267,7 @@ def _mend_contractions(data, n, kind, start):
             start[i + 1], start[i + size] = 0, 1
         i = _find_byte(data, i + 1, n, quote)
 
-# %% ../nbs/09_kernels.ipynb #223f8413
+# %% ../nbs/09_kernels.ipynb #09f7ac08
 class _Specials(NamedTuple):
     "Special tokens, the longest first."
     firsts: np.ndarray  # the different first bytes, uint8
@@ -273,7 +283,7 @@ def _pack_specials(special_tokens: Mapping[bytes, int]) -> _Specials:
     firsts = np.unique(np.array([token[0] for token in tokens], np.uint8))
     offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
     arena = _pad(b"".join(tokens))
-    return _Specials(firsts, arena, offsets, np.array([special_tokens[token] for token in tokens], np.int64))
+    return _Specials(firsts, arena, offsets, np.array([special_tokens[token] for token in tokens], np.uint32))
 
 # %% ../nbs/09_kernels.ipynb #5d4bccc3
 _MASKS = np.array([(1 << 8 * k) - 1 for k in range(9)], np.uint64)
@@ -310,17 +320,17 @@ def _find_specials(data, n, specials, spans):
         i = _find_byte(data, i + size, n, specials.firsts)
     return num
 
-# %% ../nbs/09_kernels.ipynb #774bd8d1
+# %% ../nbs/09_kernels.ipynb #731cf171
 class _Scratch(NamedTuple):
     "Memory to split a block of n bytes in."
     kind: np.ndarray  # (n + _PAD,) uint8
     start: np.ndarray  # (n + _PAD,) uint8
-    starts: np.ndarray  # (n + 1,) int32: where pretokens and special tokens start, then n
+    starts: np.ndarray  # (n + _PAD,) int32: where pretokens and special tokens start, then n
     spans: np.ndarray  # (n + 1, 3) int32: start, end and number of each special token, then a start past n
 
 def _make_scratch(n: int) -> _Scratch:
-    flat = (np.empty(n + _PAD, np.uint8), np.empty(n + _PAD, np.uint8), np.empty(n + 1, np.int32))
-    return _Scratch(*flat, np.empty((n + 1, 3), np.int32))
+    kind, start = np.empty((2, n + _PAD), np.uint8)
+    return _Scratch(kind, start, np.empty(n + _PAD, np.int32), np.empty((n + 1, 3), np.int32))
 
 @_compiled
 def _split(data, n, specials, scratch):
@@ -340,6 +350,7 @@ def _split(data, n, specials, scratch):
     for k in range(num):
         start[spans[k, 0] : spans[k, 1]] = 0
         start[spans[k, 0]] = start[spans[k, 1]] = 1
+    start[n : n + _PAD] = 0
     spans[num, 0] = n + 1
     return _list_starts(start, n, starts)
 
@@ -454,14 +465,15 @@ def _grow(table: _Table, n: int) -> _Table:
         arena[:used] = table.arena[:used]
     return _Table(slots, arena, offsets, counts, size)
 
-# %% ../nbs/09_kernels.ipynb #2c6ca663
+# %% ../nbs/09_kernels.ipynb #893cb28b
 _ONE, _EIGHT = _u64(1), _u64(8)
+_KEEP = np.stack([_MASKS[np.minimum(range(16), 8)], _MASKS[np.maximum(range(16), 8) - 8]], axis=1)
 
 @_compiled
 def _key(data, i, n):
     "A pretoken of at most 15 bytes as two numbers; the highest byte is its length. All numbers are uint64."
-    low = _load8(data, i) & _MASKS[min(n, _EIGHT)]
-    high = _load8(data, i + _EIGHT) & _MASKS[max(n, _EIGHT) - _EIGHT]
+    low = _load8(data, i) & _KEEP[n, _u64(0)]
+    high = _load8(data, i + _EIGHT) & _KEEP[n, _ONE]
     return low, high | n << _u64(56)
 
 @_compiled
@@ -1040,13 +1052,13 @@ def merge_pairs(
             progress(step - before)
     return merges[:step]
 
-# %% ../nbs/09_kernels.ipynb #aecb03f5
+# %% ../nbs/09_kernels.ipynb #87d83506
 _ENCODE_BITS = 18  # 262,144 lines, 8 MB
-_ID = _u64(2**21 - 1)
+_EMPTY = _u64(2**64 - 1)
 
 def _empty_lines() -> np.ndarray:
     "A cache whose lines start where the processor's do."
-    room = np.zeros((4 << _ENCODE_BITS) + 8, np.uint64)
+    room = np.full((4 << _ENCODE_BITS) + 8, _EMPTY)
     first = -room.ctypes.data // 8 % 8
     return room[first : first + (4 << _ENCODE_BITS)].reshape(-1, 4)
 
@@ -1061,19 +1073,20 @@ def _holds(lines, at, low, high):
     return lines[at, _u64(0)] == low and (lines[at, _ONE] ^ high) << _u64(4) == _u64(0)
 
 @_compiled
-def _three(ids, k):
-    "Three ids as one number."
-    return _u64(ids[k]) | _u64(ids[k + 1]) << _u64(21) | _u64(ids[k + 2]) << _u64(42)
+def _four(out, k):
+    "Four numbers of 16 bits as one, the first one lowest."
+    word = _u64(out[k]) | _u64(out[k + 1]) << _u64(16)
+    return word | _u64(out[k + 2]) << _u64(32) | _u64(out[k + 3]) << _u64(48)
 
 @_compiled
-def _remember(lines, low, high, ids, k, n):
-    "Keep the n ids from place k on, if there is room for so many."
-    if n <= 6:
+def _remember(lines, low, high, out, k, size):
+    "Keep what stands in `size` places from k on, if there is room for so much."
+    if size <= 8:
         at = _first_line(low, high)
-        if lines[at, _ONE] != _u64(0):
+        if lines[at, _ONE] != _EMPTY:
             at += _ONE
-        lines[at, 0], lines[at, 1] = low, high | _u64(n) << _u64(60)
-        lines[at, 2], lines[at, 3] = _three(ids, k), _three(ids, k + 3)
+        lines[at, 0], lines[at, 1] = low, high | _u64(size) << _u64(60)
+        lines[at, 2], lines[at, 3] = _four(out, k), _four(out, k + 4)
 
 # %% ../nbs/09_kernels.ipynb #b80dfd5e
 @intrinsic
@@ -1092,7 +1105,7 @@ def _prefetch(context, lines, at):
 
     return types.void(lines, at), emit
 
-# %% ../nbs/09_kernels.ipynb #91931472
+# %% ../nbs/09_kernels.ipynb #6ab0c4df
 _BATCH = 64
 
 @_compiled
@@ -1101,32 +1114,29 @@ def _ask(data, starts, t, num, lines, keys):
     for j in range(num):
         i = _u64(starts[t + j])
         n = _u64(starts[t + j + _ONE]) - i
-        low, high = _key(data, i, min(n, _u64(15)))
+        low, high = _key(data, i, n if n < _u64(16) else _u64(0))
         at = _first_line(low, high)
         _prefetch(lines, at)
-        if n > _u64(15):
-            low, high = _ONE, _u64(0)
         keys[j, _u64(0)], keys[j, _ONE], keys[j, _u64(2)] = low, high, at
 
-# %% ../nbs/09_kernels.ipynb #666360af
+# %% ../nbs/09_kernels.ipynb #ab71282a
 @_compiled
-def _write_three(word, ids, k):
-    ids[k], ids[k + _ONE], ids[k + _u64(2)] = word & _ID, word >> _u64(21) & _ID, word >> _u64(42)
+def _write_four(word, out, k):
+    out[k], out[k + _ONE] = word, word >> _u64(16)
+    out[k + _u64(2)], out[k + _u64(3)] = word >> _u64(32), word >> _u64(48)
 
 @_compiled
-def _encode_known(keys, j, num, lines, ids, k):
-    "Encode pretokens of a batch from j on while the cache knows them; return where it stopped, and the place in ids."
+def _encode_known(keys, j, num, lines, out, k):
+    "Encode pretokens of a batch from j on while the cache knows them; return where it stopped, and the place in out."
     while j < num:
         low, high, at = keys[j, _u64(0)], keys[j, _ONE], keys[j, _u64(2)]
         if not _holds(lines, at, low, high):
             at += _ONE
             if not _holds(lines, at, low, high):
                 break
-        _write_three(lines[at, _u64(2)], ids, k)
-        count = lines[at, _ONE] >> _u64(60)
-        if count > _u64(3):
-            _write_three(lines[at, _u64(3)], ids, k + _u64(3))
-        k += count
+        _write_four(lines[at, _u64(2)], out, k)
+        _write_four(lines[at, _u64(3)], out, k + _u64(4))
+        k += lines[at, _ONE] >> _u64(60)
         j += _ONE
     return j, k
 
@@ -1166,12 +1176,12 @@ def _fill_ranks(ranks, merges):
         for y in range(256):
             ranks.byte_pairs[x, y] = _rank(ranks.slots, ranks.byte_ids[x], ranks.byte_ids[y])
 
-# %% ../nbs/09_kernels.ipynb #fa5a97be
+# %% ../nbs/09_kernels.ipynb #e93c7afd
 @_compiled
-def _merge_short(byte_ids, byte_pairs, slots, new_ids, data, i, n, ids, k, rank):
-    "Encode data[i : i + n] into ids from k on, looking at all pairs for each merge; return the number of ids."
+def _merge_short(byte_ids, byte_pairs, slots, new_ids, data, i, n, ids, rank):
+    "Encode data[i : i + n] into ids, looking at all pairs for each merge; return the number of ids."
     for j in range(n):
-        ids[k + j] = byte_ids[data[i + j]]
+        ids[j] = byte_ids[data[i + j]]
         rank[j] = byte_pairs[data[i + j], data[i + j + 1]]
     while n > 1:
         at = 0
@@ -1180,14 +1190,14 @@ def _merge_short(byte_ids, byte_pairs, slots, new_ids, data, i, n, ids, k, rank)
                 at = j
         if rank[at] == _NONE:
             break
-        ids[k + at] = new_ids[rank[at]]
+        ids[at] = new_ids[rank[at]]
         n -= 1
         for j in range(at + 1, n):
-            ids[k + j], rank[j] = ids[k + j + 1], rank[j + 1]
+            ids[j], rank[j] = ids[j + 1], rank[j + 1]
         if at > 0:
-            rank[at - 1] = _rank(slots, ids[k + at - 1], ids[k + at])
+            rank[at - 1] = _rank(slots, ids[at - 1], ids[at])
         if at < n - 1:
-            rank[at] = _rank(slots, ids[k + at], ids[k + at + 1])
+            rank[at] = _rank(slots, ids[at], ids[at + 1])
     return n
 
 # %% ../nbs/09_kernels.ipynb #7c93cd0f
@@ -1215,20 +1225,20 @@ def _pop(heap, size):
     heap[i] = last
     return np.int64(least >> _u64(32)), np.int64(least & _INDEX)
 
-# %% ../nbs/09_kernels.ipynb #6cd7d2d1
+# %% ../nbs/09_kernels.ipynb #db879617
 @_compiled
-def _gather(ids, k, right, n):
+def _gather(ids, right, n):
     "Move the ids that are left next to each other; return how many there are."
     i = num = 0
     while i < n:
-        ids[k + num] = ids[k + i]
+        ids[num] = ids[i]
         num += 1
         i = right[i]
     return num
 
-# %% ../nbs/09_kernels.ipynb #a539e529
+# %% ../nbs/09_kernels.ipynb #070a0278
 @_compiled
-def _merge_long(byte_ids, byte_pairs, slots, new_ids, data, first, n, ids, k):
+def _merge_long(byte_ids, byte_pairs, slots, new_ids, data, first, n, ids):
     "As `_merge_short`, but with a heap of ranks and places, the leftmost of equal ranks first."
     right, left = np.arange(1, n + 1), np.arange(-1, n - 1)
     rank, heap, size = np.full(n + 1, _NONE, np.int32), np.empty(3 * n, np.uint64), 0
@@ -1238,84 +1248,97 @@ def _merge_long(byte_ids, byte_pairs, slots, new_ids, data, first, n, ids, k):
             _push(heap, size, _u64(rank[i]) << _u64(32) | _u64(i))
             size += 1
     for i in range(n):
-        ids[k + i] = byte_ids[data[first + i]]
+        ids[i] = byte_ids[data[first + i]]
     while size > 0:
         r, i = _pop(heap, size)
         size -= 1
         if rank[i] != r:  # an earlier merge was here
             continue
         j = right[i]
-        ids[k + i], rank[j], right[i] = new_ids[r], _NONE, right[j]
+        ids[i], rank[j], right[i] = new_ids[r], _NONE, right[j]
         if right[i] < n:
             left[right[i]] = i
         for a in (left[i], i):
             if a >= 0:
-                rank[a] = _rank(slots, ids[k + a], ids[k + right[a]]) if right[a] < n else _NONE
+                rank[a] = _rank(slots, ids[a], ids[right[a]]) if right[a] < n else _NONE
                 if rank[a] != _NONE:
                     _push(heap, size, _u64(rank[a]) << _u64(32) | _u64(a))
                     size += 1
-    return _gather(ids, k, right, n)
+    return _gather(ids, right, n)
 
-# %% ../nbs/09_kernels.ipynb #1957765c
+# %% ../nbs/09_kernels.ipynb #cb884dc9
 _SHORT = 64  # bytes
 
 @_compiled
-def _encode_new(byte_ids, byte_pairs, slots, new_ids, data, i, n, ids, k, rank, lines):
-    "Encode a pretoken that the cache does not know; return the number of ids. `rank` is room for _SHORT + 1 numbers."
+def _write_ids(ids, num, out, k, width):
+    "Write ids from place k on, each in `width` places, its low half first; return the place behind them."
+    for j in range(num):
+        out[k] = ids[j]
+        if width == 2:
+            out[k + 1] = ids[j] >> 16
+        k += width
+    return k
+
+@_compiled
+def _encode_new(byte_ids, byte_pairs, slots, new_ids, data, i, n, out, k, width, ids, rank, lines):
+    "Encode a pretoken that the cache does not know. `ids` and `rank` are room for _SHORT + 1 numbers."
     if n > _SHORT:
-        return _merge_long(byte_ids, byte_pairs, slots, new_ids, data, i, n, ids, k)
-    num = _merge_short(byte_ids, byte_pairs, slots, new_ids, data, i, n, ids, k, rank)
+        many = np.empty(n, np.uint32)
+        return _write_ids(many, _merge_long(byte_ids, byte_pairs, slots, new_ids, data, i, n, many), out, k, width)
+    num = _merge_short(byte_ids, byte_pairs, slots, new_ids, data, i, n, ids, rank)
+    end = _write_ids(ids, num, out, k, width)
     if n <= 15:
         low, high = _key(data, _u64(i), _u64(n))
-        _remember(lines, low, high, ids, k, num)
-    return num
+        _remember(lines, low, high, out, k, end - k)
+    return end
 
-# %% ../nbs/09_kernels.ipynb #ad8f8ee9
+# %% ../nbs/09_kernels.ipynb #0b2fb8a1
 @_compiled
-def _encode(ranks, data, starts, num, specials, spans, lines, ids):
-    "Encode the pretokens and special tokens of a block; return the number of ids."
+def _encode(ranks, data, starts, num, specials, spans, lines, out, k, width):
+    "Write the ids of a block from place k on, each in `width` places; return the place behind them."
     byte_ids, byte_pairs, slots, new_ids = ranks
-    rank, keys = np.empty(_SHORT + 1, np.int32), np.empty((_BATCH, 3), np.uint64)
-    k = nth = np.int64(0)
+    ids, rank = np.empty(_SHORT + 1, np.uint32), np.empty(_SHORT + 1, np.int32)
+    keys, nth = np.empty((_BATCH, 3), np.uint64), 0
     for t in range(0, num, _BATCH):
         size, j = _u64(min(_BATCH, num - t)), _u64(0)
         _ask(data, starts, _u64(t), size, lines, keys)
         while True:
-            j, place = _encode_known(keys, j, size, lines, ids, _u64(k))
+            j, place = _encode_known(keys, j, size, lines, out, _u64(k))
             k = np.int64(place)
             if j == size:
                 break
             i = np.int64(starts[t + np.int64(j)])
             n = np.int64(starts[t + np.int64(j) + 1]) - i
             if i == spans[nth, 0]:
-                ids[k] = specials.ids[spans[nth, 2]]
-                k += 1
+                k = _write_ids(specials.ids[spans[nth, 2] :], 1, out, k, width)
                 nth += 1
             else:
-                k += _encode_new(byte_ids, byte_pairs, slots, new_ids, data, i, n, ids, k, rank, lines)
+                k = _encode_new(byte_ids, byte_pairs, slots, new_ids, data, i, n, out, k, width, ids, rank, lines)
             j += _ONE
     return k
 
-# %% ../nbs/09_kernels.ipynb #dc6cfc9c
-_UINT32 = np.dtype("uint32")
-
+# %% ../nbs/09_kernels.ipynb #12b0880b
 class _Worker(_Splitter):
     "What one thread needs to encode blocks."
 
-    def __init__(self, specials: _Specials, ranks: _Ranks):
+    def __init__(self, specials: _Specials, ranks: _Ranks, dtype: np.dtype):
         super().__init__(specials)
-        self.ranks, self.lines, self.ids = ranks, _empty_lines(), np.empty(0, np.uint32)
+        self.ranks, self.dtype, self.lines = ranks, dtype, _empty_lines()
+        self.out, self.used = np.empty(0, np.uint16), 0
 
-    def encode(self, block: _Block, dtype: np.dtype) -> np.ndarray:
+    def encode(self, block: _Block) -> np.ndarray:
         "The ids of a block."
         (data, n), num = self.split(block)
-        if n + _PAD > len(self.ids):
-            self.ids = np.empty(n + _PAD, np.uint32)
+        width = self.dtype.itemsize // 2
+        most = width * n + _PAD
+        if self.used + most > len(self.out):
+            self.out, self.used = np.empty(max(most, 1 << 22), np.uint16), 0
         _, _, starts, spans = self.scratch
-        k = _encode(self.ranks, data, starts, num, self.specials, spans, self.lines, self.ids)
-        return self.ids[:k].astype(dtype)
+        first, self.used = self.used, _encode(
+            self.ranks, data, starts, num, self.specials, spans, self.lines, self.out, self.used, width)
+        return self.out[first : self.used].view(self.dtype)
 
-# %% ../nbs/09_kernels.ipynb #4a8f5b81
+# %% ../nbs/09_kernels.ipynb #b4b8bcdb
 class Encoder:
     "Turn UTF-8 into token ids."
 
@@ -1325,31 +1348,34 @@ class Encoder:
         merges: Sequence[tuple[int, int]] | np.ndarray,  # (n, 2): ids of the two tokens, in order of rank
         new_ids: Sequence[int] | np.ndarray | None = None,  # (n,): what each merge makes; None: 256, 257, ...
         special_tokens: Mapping[bytes, int] | None = None,  # texts that are one token wherever they stand
+        dtype: type[np.uint16] | type[np.uint32] = np.uint32,  # of the ids that come out
     ):
+        special, self.dtype = special_tokens or {}, np.dtype(dtype)
         pairs = np.asarray(merges, np.int64).reshape(-1, 2)
         made = 256 + np.arange(len(pairs)) if new_ids is None else np.asarray(new_ids)
-        if max(max(byte_ids), made.max(initial=0), pairs.max(initial=0)) >= 1 << 21:
-            raise ValueError(f"token ids must be below {1 << 21:,}")
+        limit = min(1 << 21, 1 << 8 * self.dtype.itemsize)
+        if max(*byte_ids, *special.values(), made.max(initial=0), pairs.max(initial=0)) >= limit:
+            raise ValueError(f"token ids must be below {limit:,}")
         size = 1 << (2 * len(pairs)).bit_length()
         tables = (np.empty((256, 256), np.int32), np.zeros(size, np.uint64), made.astype(np.uint32))
         self._ranks = _Ranks(np.array(byte_ids, np.uint32), *tables)
         _fill_ranks(self._ranks, pairs.astype(np.uint32))
-        self._specials = _pack_specials(special_tokens or {})
+        self._specials = _pack_specials(special)
         self._idle: deque[_Worker] = deque()
 
-    def _encode_block(self, block: _Block, dtype: np.dtype = _UINT32) -> np.ndarray:
+    def _encode_block(self, block: _Block) -> np.ndarray:
         try:
             worker = self._idle.pop()
         except IndexError:
-            worker = _Worker(self._specials, self._ranks)
-        ids = worker.encode(block, dtype)
+            worker = _Worker(self._specials, self._ranks, self.dtype)
+        ids = worker.encode(block)
         self._idle.append(worker)
         return ids
 
-    def encode(self, data: bytes) -> np.ndarray:  # (n,) uint32
+    def encode(self, data: bytes) -> np.ndarray:  # (n,)
         "Encode a text; what is not UTF-8 becomes U+FFFD."
         if len(data) <= 1 << 20:
-            return self._encode_block((_pad(data), len(data)))
+            return self._encode_block((_pad(data), len(data))).copy()
         return np.concatenate(list(self.encode_chunks([data])))
 
     def encode_chunks(
@@ -1357,9 +1383,8 @@ class Encoder:
         chunks: Iterable[bytes],  # a text in pieces, cut anywhere
         *,
         num_workers: int = 1,  # threads
-        block_size: int = 1 << 18,  # bytes that a thread gets at a time
+        block_size: int = 1 << 19,  # bytes that a thread gets at a time
         progress: Callable[[int], object] | None = None,  # called with the size of each block that is given out
-        dtype: np.dtype = _UINT32,  # of the arrays; it must hold all ids
     ) -> Iterator[np.ndarray]:  # arrays; joined, they depend on the text alone
         "Encode a stream, in memory that does not grow with its length."
 
@@ -1369,7 +1394,7 @@ class Encoder:
                     progress(block[1])
                 yield block
 
-        return _in_order(lambda block: self._encode_block(block, dtype), counted(), num_workers)
+        return _in_order(self._encode_block, counted(), num_workers)
 
 # %% ../nbs/09_kernels.ipynb #b72c77aa
 @_compiled

@@ -213,7 +213,7 @@ def _unknown_id(ids: np.ndarray, vocab: dict[int, bytes], vocab_size: int) -> in
         return None
     return next((i for i in ids.tolist() if i not in vocab), None)
 
-# %% ../nbs/00_tokenizer.ipynb #bc0e4586
+# %% ../nbs/00_tokenizer.ipynb #9afd3155
 class Tokenizer:
     "Turn text into token ids and back."
 
@@ -228,7 +228,8 @@ class Tokenizer:
         self.special_tokens = _add_special(self.vocab, special_tokens or [])  # text -> id
         self.vocab_size = max(self.vocab) + 1  # every id is below this
         special = {name.encode(): i for name, i in self.special_tokens.items()}
-        self._encoder = Encoder(*_tables(self.vocab, self.merges), special)
+        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        self._encoder = Encoder(*_tables(self.vocab, self.merges), special, dtype)
         self._decoder = Decoder(self.vocab)
 
     def encode(self, text: str) -> list[int]:
@@ -246,6 +247,10 @@ class Tokenizer:
         if (unknown := _unknown_id(array, self.vocab, self.vocab_size)) is not None:
             raise InputError(f"token id {unknown}: not in the vocabulary of {self.vocab_size} tokens")
         return self._decoder.decode(array).decode(errors="replace")
+
+    def decode_batch(self, batch: Iterable[Iterable[int] | np.ndarray]) -> list[str]:
+        "Turn several lists of ids into texts."
+        return [self.decode(ids) for ids in batch]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -419,7 +424,7 @@ def _load_token_file(path: Path) -> TokenFile:
         raise InputError(f"{path}: {actual} bytes, expected {expected} ({token_file.dtype}); encode the corpus again")
     return token_file
 
-# %% ../nbs/00_tokenizer.ipynb #7de6c965
+# %% ../nbs/00_tokenizer.ipynb #9c234cf7
 def file_sha256(path: str | os.PathLike[str]) -> str:
     "SHA-256 of a file's bytes as they lie on the disk, in hexadecimal."
     digest = hashlib.sha256()
@@ -428,7 +433,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
             digest.update(block)
     return digest.hexdigest()
 
-def _write_ids(tokenizer: Tokenizer, src: Path, file, dtype: np.dtype, num_workers: int) -> tuple[int, str]:
+def _write_ids(tokenizer: Tokenizer, src: Path, file, num_workers: int) -> tuple[int, str]:
     "Encode block by block, with a progress bar; return the number of ids and the SHA-256 of the text."
     count, digest = 0, hashlib.sha256()
 
@@ -441,26 +446,24 @@ def _write_ids(tokenizer: Tokenizer, src: Path, file, dtype: np.dtype, num_worke
             yield chunk
 
     with ThreadPoolExecutor(1) as beside, open_text(src) as stream, _bytes_bar("encoding", src) as bar:
-        blocks = tokenizer._encoder.encode_chunks(
-            chunks(), num_workers=num_workers, dtype=dtype, progress=bar.update)
-        for ids in blocks:
+        for ids in tokenizer._encoder.encode_chunks(chunks(), num_workers=num_workers, progress=bar.update):
             file.write(ids)
             count += len(ids)
     return count, digest.hexdigest()
 
-# %% ../nbs/00_tokenizer.ipynb #e93698c7
+# %% ../nbs/00_tokenizer.ipynb #c55a3bd2
 def _encode_file(tokenizer: Tokenizer, src: Path, dst: Path, num_workers: int) -> TokenFile:
     "Write NAME.bin and then NAME.json, each all at once."
     path = _bin_path(dst)
     description = path.with_suffix(".json")
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     with atomic_write(path) as file:
-        count, digest = _write_ids(tokenizer, src, file, dtype, num_workers)
+        count, digest = _write_ids(tokenizer, src, file, num_workers)
         digest = file_sha256(src) if src.suffix == ".gz" else digest
         file.flush()
         os.fsync(file.fileno())  # a full disk shows here, while the old pair is still whole
         description.unlink(missing_ok=True)
-    made = TokenFile(path, dtype.name, count, tokenizer.vocab_size, tokenizer.fingerprint, src.name, digest)
+    dtype = tokenizer._encoder.dtype.name
+    made = TokenFile(path, dtype, count, tokenizer.vocab_size, tokenizer.fingerprint, src.name, digest)
     with atomic_write(description, "w") as text:
         json.dump({name: value for name, value in asdict(made).items() if name != "path"}, text, indent=1)
     return TokenFile.load(path)
