@@ -4,10 +4,12 @@ All of them write greedily with the same weights, the reference preset drawn at 
 write the same. Rounds alternate between the tools, and the best round of each counts: what else runs on the machine
 can only make a round slower.
 
-Peers are optional. Hugging Face: `pip install transformers`. llama2.c is one C file (github.com/karpathy/llama2.c):
+Peers are optional. Hugging Face: `pip install transformers`. llama2.c is one C file (github.com/karpathy/llama2.c; the
+figures in the book are from its commit 411c5bd):
 
     gcc -O3 -o run run.c -lm
-    python benchmarks/generate.py --llama2c ./run
+    gcc -Ofast -fopenmp -march=native -o runomp run.c -lm
+    python benchmarks/generate.py --llama2c ./run --llama2c-omp ./runomp
 """
 import argparse
 import importlib.util
@@ -16,6 +18,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -129,7 +132,8 @@ def main():
         print(f"| {tool} | {size} | {threads} | {max(all_rates):.0f} | {rounds} | {'yes' if same else 'no'} |")
     if args.json:
         machine = dict(processor=processor(), cores=cores, python=platform.python_version(), torch=torch.__version__)
-        record = dict(command="python benchmarks/generate.py", preset="reference", tokens=args.tokens, machine=machine)
+        command = " ".join(["python benchmarks/generate.py", *(Path(word).name for word in sys.argv[1:])])
+        record = dict(command=command, preset="reference", tokens=args.tokens, machine=machine)
         args.json.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
