@@ -1,12 +1,14 @@
 """Generation: the cached path against a naive one, batches, the sliding window, filters against transformers' own."""
 import pytest
 import torch
+from numba.core import event
 
 from tinylm.data import InputError
 from tinylm.generate import (
     KVCache,
     _can_compile,
     _OneToken,
+    _product,
     _Reader,
     generate,
     keep_top_k,
@@ -176,6 +178,14 @@ def test_a_part_of_somebody_else_is_never_passed_over():
     model.layers[1].ln1.eps = 0.1  # the compiled code knows one epsilon
     assert not _can_compile(model)
     assert not _can_compile(model_of().bfloat16()) and not _can_compile(model_of(norm="post"))
+
+
+def test_compiling_is_announced_once(capsys, monkeypatch):
+    listener, = (each for each in event._registered["numba:compile"] if each.module == "tinylm.generate")
+    monkeypatch.setattr(listener, "said", False)
+    for _ in range(2):
+        event.broadcast(event.Event("numba:compile", event.EventStatus.START, {"dispatcher": _product}))
+    assert capsys.readouterr().err.count("tinylm: compiling generation, at first use alone") == 1
 
 
 def test_inference_mode_does_not_leak_to_the_reader_of_a_stream():
