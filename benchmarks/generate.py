@@ -4,10 +4,12 @@ All of them write greedily with the same weights, the reference preset drawn at 
 write the same. Rounds alternate between the tools, and the best round of each counts: what else runs on the machine
 can only make a round slower.
 
-Peers are optional. Hugging Face: `pip install transformers`. llama2.c is one C file (github.com/karpathy/llama2.c):
+Peers are optional. Hugging Face: `pip install transformers`. llama2.c is one C file (github.com/karpathy/llama2.c; the
+figures in the book are from its commit 411c5bd):
 
     gcc -O3 -o run run.c -lm
-    python benchmarks/generate.py --llama2c ./run
+    gcc -Ofast -fopenmp -march=native -o runomp run.c -lm
+    python benchmarks/generate.py --llama2c ./run --llama2c-omp ./runomp
 """
 import argparse
 import importlib.util
@@ -15,7 +17,9 @@ import json
 import os
 import platform
 import re
+import string
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -65,8 +69,9 @@ def time_llama2c(binary, folder, num_tokens, threads):
 
 
 def text_of(ids):
-    "What llama2.c prints for ids: bytes, and the names of placeholders; nothing for byte 0."
-    return b"".join(bytes([i]).strip(b"\0") if i < 256 else END.encode() if i == 256 else b"[PAD%d]" % i for i in ids)
+    "What llama2.c prints for ids: bytes that are printable ASCII or white, and the names of placeholders."
+    seen = {i: bytes([i]) if chr(i) in string.printable else b"" for i in range(256)}
+    return b"".join(seen.get(i, END.encode() if i == 256 else b"[PAD%d]" % i) for i in ids)
 
 
 def cases(folder, args):
@@ -129,7 +134,9 @@ def main():
         print(f"| {tool} | {size} | {threads} | {max(all_rates):.0f} | {rounds} | {'yes' if same else 'no'} |")
     if args.json:
         machine = dict(processor=processor(), cores=cores, python=platform.python_version(), torch=torch.__version__)
-        record = dict(command="python benchmarks/generate.py", preset="reference", tokens=args.tokens, machine=machine)
+        words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
+        command = " ".join(["python benchmarks/generate.py", *words])
+        record = dict(command=command, preset="reference", tokens=args.tokens, machine=machine)
         args.json.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 

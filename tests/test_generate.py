@@ -1,12 +1,14 @@
 """Generation: the cached path against a naive one, batches, the sliding window, filters against transformers' own."""
 import pytest
 import torch
+from numba.core import event
 
 from tinylm.data import InputError
 from tinylm.generate import (
     KVCache,
     _can_compile,
     _OneToken,
+    _product,
     _Reader,
     generate,
     keep_top_k,
@@ -129,18 +131,29 @@ def test_compiled_code_reads_single_tokens_only(monkeypatch):
     model, widths, single = model_of(), [], []
     forward, logits = model.forward, _OneToken.logits
     monkeypatch.setattr(model, "forward", lambda ids, *a, **k: widths.append(ids.shape[1]) or forward(ids, *a, **k))
-    monkeypatch.setattr(_OneToken, "logits", lambda *a: single.append(1) or logits(*a))
+    monkeypatch.setattr(_OneToken, "logits", lambda *a: single.append(len(a[1])) or logits(*a))
     generate(model, [1] * 16, 8)  # 16 tokens, then 9 again as the window slides, then one by one
-    assert widths == [16, 9] and len(single) == 6
-    generate(model, [[1], [2]], 5)
-    assert widths == [16, 9] + [1] * 5 and len(single) == 6
+    assert widths == [16, 9] and single == [1] * 6
+    generate(model, [[1], [2, 3, 4], [5]], 5)  # all rows walk in step, so the second one starts later and ends later
+    assert widths == [16, 9, 1] and single == [1] * 6 + [3] * 6
 
 
-def test_compiled_logits_equal_full_forward_through_shared_memory():
-    model = model_of(context_length=40, d_model=48, num_heads=3, d_ff=50)
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 8])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_compiled_batches_write_what_pytorch_writes(monkeypatch, size, ragged):
+    model = model_of(d_ff=50)  # 50 rows are not a multiple of the four that are read at once
+    prompts = [[7 * r + 1] * (1 + ragged * r) for r in range(size)]
+    compiled = generate(model, prompts, 24, seed=3)  # past the context of 16
+    monkeypatch.setattr("tinylm.generate._can_compile", lambda model: False)
+    assert compiled == generate(model, prompts, 24, seed=3)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_compiled_logits_equal_full_forward_through_shared_memory(size):
+    model = model_of(context_length=40, d_model=48, num_heads=3, d_ff=50, vocab_size=301)
     for norm in (module for module in model.modules() if isinstance(module, RMSNorm)):
         norm.eps = 0.1
-    ids = torch.randint(300, (1, 40), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(300, (size, 40), generator=torch.Generator().manual_seed(1))
     caches = [KVCache(40) for _ in model.layers]
     with torch.inference_mode():
         model(ids[:, :7], caches=caches)
@@ -148,8 +161,8 @@ def test_compiled_logits_equal_full_forward_through_shared_memory():
     with torch.no_grad():
         model.layers[0].ffn.w2.weight *= 2  # shared, so it must be seen
         caches[0].clear(), caches[1].clear()
-        steps = torch.cat([one.logits(int(ids[0, t]), t) for t in range(40)])
-        torch.testing.assert_close(steps, model(ids)[0], atol=1e-5, rtol=1e-5)
+        steps = torch.stack([one.logits(ids[:, t].tolist(), t) for t in range(40)], 1)
+        torch.testing.assert_close(steps, model(ids), atol=1e-5, rtol=1e-5)
     assert [cache.length for cache in caches] == [40, 40]
 
 
@@ -165,6 +178,14 @@ def test_a_part_of_somebody_else_is_never_passed_over():
     model.layers[1].ln1.eps = 0.1  # the compiled code knows one epsilon
     assert not _can_compile(model)
     assert not _can_compile(model_of().bfloat16()) and not _can_compile(model_of(norm="post"))
+
+
+def test_compiling_is_announced_once(capsys, monkeypatch):
+    listener, = (each for each in event._registered["numba:compile"] if each.module == "tinylm.generate")
+    monkeypatch.setattr(listener, "said", False)
+    for _ in range(2):
+        event.broadcast(event.Event("numba:compile", event.EventStatus.START, {"dispatcher": _product}))
+    assert capsys.readouterr().err.count("tinylm: compiling generation, at first use alone") == 1
 
 
 def test_inference_mode_does_not_leak_to_the_reader_of_a_stream():

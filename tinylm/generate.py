@@ -6,22 +6,24 @@
 __all__ = ['start_ids', 'pick_id', 'temper', 'keep_top_k', 'keep_top_p', 'next_token_probs', 'KVCache', 'window_start',
            'generate', 'stream', 'stream_text']
 
-# %% ../nbs/07_generate.ipynb #28b0fcf9
+# %% ../nbs/07_generate.ipynb #45b8a5f8
 import codecs
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
-import numba
 import numpy as np
 import torch
+from numba.core import event
 from torch import Tensor, nn
 
 from .data import END_OF_TEXT, InputError
+from .kernels import _compiled
 from .layers import Embedding, Linear, RMSNorm, SwiGLU, softmax
 from .model import MultiHeadSelfAttention, TransformerBlock, TransformerLM
 from .rope import RotaryPositionalEmbedding
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, _Announcement
 
 # %% ../nbs/07_generate.ipynb #2809cead
 def start_ids(
@@ -93,7 +95,7 @@ def next_token_probs(
         probs = keep_top_k(probs, top_k)
     return probs if top_p is None else keep_top_p(probs, top_p)
 
-# %% ../nbs/07_generate.ipynb #4907991c
+# %% ../nbs/07_generate.ipynb #49a14417
 class KVCache:
     """Remember the keys and values of one attention layer, in memory allocated once.
 
@@ -126,13 +128,10 @@ class KVCache:
         "Forget all positions; the memory stays."
         self.length = 0
 
-    def memory(
-        self,
-        row: int,  # which text of the batch
-    ) -> tuple[Tensor, Tensor]:  # (H, capacity, K) its keys and its values, used or not, as views
+    def memory(self) -> tuple[Tensor, Tensor]:  # (B, H, capacity, K) all keys and all values, used or not
         "Give the memory itself, which must have been allocated by `append`."
         assert self._keys is not None and self._values is not None
-        return self._keys[row], self._values[row]
+        return self._keys, self._values
 
 # %% ../nbs/07_generate.ipynb #60973495
 def window_start(
@@ -143,79 +142,103 @@ def window_start(
     stride = context_length - context_length // 2
     return max(0, math.ceil((length - context_length) / stride)) * stride
 
-# %% ../nbs/07_generate.ipynb #58bb696e
-def _compiled(function: Callable) -> Callable:
-    "Compile at the first call, and keep the code on disk where some folder can be written."
-    options: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "nogil": True}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache is writable
-        return numba.njit(**options)(function)
+# %% ../nbs/07_generate.ipynb #80af5720
+_loops = partial(_compiled, fastmath={"reassoc", "contract", "arcp", "nsz"})
+event.register("numba:compile", _Announcement(__name__, "generation", 15))
 
-# %% ../nbs/07_generate.ipynb #1904282d
-@_compiled
+# %% ../nbs/07_generate.ipynb #d55ddf67
+@_loops
 def _product(weight, x):
-    "Multiply a matrix (O, I) with a vector (I)."
-    out = np.empty(weight.shape[0], np.float32)
-    for o in range(weight.shape[0]):
-        total = np.float32(0)
-        for i in range(weight.shape[1]):
-            total += weight[o, i] * x[i]
-        out[o] = total
+    "Multiply a matrix (O, I) with each of the vectors x (B, I): four rows with two vectors at a time."
+    out, quarter = np.empty((len(x), len(weight)), np.float32), len(weight) // 4
+    for o in range(quarter):
+        w0, w1, w2, w3 = weight[o], weight[o + quarter], weight[o + 2 * quarter], weight[o + 3 * quarter]
+        for r in range(0, len(x), 2):
+            s = min(r + 1, len(x) - 1)  # a vector that is left over is paired with itself
+            x0, x1 = x[r], x[s]
+            a = b = c = d = e = f = g = h = np.float32(0)
+            for i in range(weight.shape[1]):
+                a += w0[i] * x0[i]
+                b += w1[i] * x0[i]
+                c += w2[i] * x0[i]
+                d += w3[i] * x0[i]
+                e += w0[i] * x1[i]
+                f += w1[i] * x1[i]
+                g += w2[i] * x1[i]
+                h += w3[i] * x1[i]
+            out[r, o], out[r, o + quarter], out[r, o + 2 * quarter], out[r, o + 3 * quarter] = a, b, c, d
+            out[s, o], out[s, o + quarter], out[s, o + 2 * quarter], out[s, o + 3 * quarter] = e, f, g, h
+    for o in range(4 * quarter, len(weight)):
+        for r in range(len(x)):
+            out[r, o] = (weight[o] * x[r]).sum()
     return out
 
-# %% ../nbs/07_generate.ipynb #0e53c0a4
-@_compiled
+# %% ../nbs/07_generate.ipynb #bdba91e4
+@_loops
 def _rms_norm(x, gain, eps):
-    "Scale a vector (D) to a root mean square of one, then by its gains."
-    total = np.float32(0)
-    for i in range(len(x)):
-        total += x[i] * x[i]
-    return x * gain * np.float32(1 / math.sqrt(total / len(x) + eps))
-
-# %% ../nbs/07_generate.ipynb #210fb671
-@_compiled
-def _turn(x, cos, sin):
-    "Turn the pairs of a query or key (D), all heads of it, by the angles (K/2) of its position; in place."
-    for i in range(len(x) // 2):
-        c, s = cos[i % len(cos)], sin[i % len(cos)]
-        even, odd = x[2 * i], x[2 * i + 1]
-        x[2 * i], x[2 * i + 1] = even * c - odd * s, even * s + odd * c
-
-# %% ../nbs/07_generate.ipynb #3b4e4f67
-@_compiled
-def _attend(q, keys, values, length):
-    "Attend from one query (D) to the first `length` keys and values of the cache (H, capacity, K)."
-    num_heads, _, size = keys.shape
-    out, weight = np.zeros(num_heads * size, np.float32), np.empty(length, np.float32)
-    for h in range(num_heads):
-        mine = out[h * size:(h + 1) * size]
-        for t in range(length):
-            total = np.float32(0)
-            for i in range(size):
-                total += q[h * size + i] * keys[h, t, i]
-            weight[t] = total / np.float32(math.sqrt(size))
-        weight[:] = np.exp(weight - weight.max())
-        for t in range(length):
-            for i in range(size):
-                mine[i] += weight[t] * values[h, t, i]
-        mine /= weight.sum()
+    "Scale each vector of x (B, D) to a root mean square of one, then by the gains (D)."
+    out = np.empty_like(x)
+    for r in range(len(x)):
+        total = np.float32(0)
+        for i in range(x.shape[1]):
+            total += x[r, i] * x[r, i]
+        out[r] = x[r] * gain * np.float32(1 / math.sqrt(total / x.shape[1] + eps))
     return out
 
-# %% ../nbs/07_generate.ipynb #28156d2a
-@_compiled
+# %% ../nbs/07_generate.ipynb #83f0e419
+@_loops
+def _turn(x, cos, sin):
+    "Turn the pairs of queries or keys (B, D), all heads of them, by the angles (K/2) of their position; in place."
+    for r in range(len(x)):
+        for i in range(x.shape[1] // 2):
+            c, s = cos[i % len(cos)], sin[i % len(cos)]
+            even, odd = x[r, 2 * i], x[r, 2 * i + 1]
+            x[r, 2 * i], x[r, 2 * i + 1] = even * c - odd * s, even * s + odd * c
+
+# %% ../nbs/07_generate.ipynb #4ad231b2
+@_loops
+def _attend_head(q, keys, values, out):
+    "Attend from one query (K) to keys and values (T, K)."
+    weight, num = np.empty(len(keys), np.float32), len(q)
+    for t in range(len(keys)):
+        total = np.float32(0)
+        for i in range(num):
+            total += q[i] * keys[t, i]
+        weight[t] = total / np.float32(math.sqrt(num))
+    weight = np.exp(weight - weight.max())
+    out[:] = 0
+    for t in range(len(keys)):
+        for i in range(num):
+            out[i] += weight[t] * values[t, i]
+    out /= weight.sum()
+
+# %% ../nbs/07_generate.ipynb #04c2910d
+@_loops
+def _attend(q, keys, values, length):
+    "Attend from one query (D) of each text to the first `length` keys and values of the caches (B, H, capacity, K)."
+    out, size = np.empty_like(q), keys.shape[3]
+    for r in range(len(q)):
+        for h in range(keys.shape[1]):
+            mine = slice(h * size, (h + 1) * size)
+            _attend_head(q[r, mine], keys[r, h, :length], values[r, h, :length], out[r, mine])
+    return out
+
+# %% ../nbs/07_generate.ipynb #d1783882
+@_loops
 def _layer(x, position, eps, ln1, wq, wk, wv, wo, ln2, w1, w2, w3, cos, sin, keys, values):
-    "Update the residual stream (D) of the token at `position`; its key and value go into the cache."
+    "Update the residual streams (B, D) of the tokens at `position`; their keys and values go into the caches."
     y = _rms_norm(x, ln1, eps)
     q, k, v = _product(wq, y), _product(wk, y), _product(wv, y)
     _turn(q, cos[position], sin[position])
     _turn(k, cos[position], sin[position])
-    keys[:, position], values[:, position] = k.reshape(len(keys), -1), v.reshape(len(keys), -1)
+    shape = keys[:, :, position].shape
+    keys[:, :, position], values[:, :, position] = k.reshape(shape), v.reshape(shape)
     x = x + _product(wo, _attend(q, keys, values, position + 1))
     y = _rms_norm(x, ln2, eps)
     hidden, up = _product(w1, y), _product(w3, y)
-    for i in range(len(hidden)):
-        hidden[i] *= up[i] / (1 + math.exp(-hidden[i]))
+    for r in range(len(hidden)):
+        for i in range(hidden.shape[1]):
+            hidden[r, i] *= up[r, i] / (1 + math.exp(-hidden[r, i]))
     return x + _product(w2, hidden)
 
 # %% ../nbs/07_generate.ipynb #98e0df5c
@@ -230,9 +253,9 @@ def _can_compile(model: TransformerLM) -> bool:
     eps = {module.eps for module in model.modules() if isinstance(module, RMSNorm)}
     return kinds == {("cpu", torch.float32)} and parts == _PARTS and model.config.norm == "pre" and len(eps) == 1
 
-# %% ../nbs/07_generate.ipynb #d35963e1
+# %% ../nbs/07_generate.ipynb #51636cdd
 class _OneToken:
-    "Read one token at a time of one text, with compiled code, through the memory of model and caches."
+    "Read one token at a time of each text, with compiled code, through the memory of model and caches."
 
     def __init__(self, model: TransformerLM, caches: Sequence[KVCache]):
         self.caches, self.layers = caches, []
@@ -240,21 +263,24 @@ class _OneToken:
             attn, ffn = layer.attn, layer.ffn
             matrices = (attn.q_proj, attn.k_proj, attn.v_proj, attn.output_proj)
             parts = [layer.ln1, *matrices, layer.ln2, ffn.w1, ffn.w2, ffn.w3]
-            tensors = [*(part.weight for part in parts), attn.rope.cos, attn.rope.sin, *cache.memory(0)]
+            tensors = [*(part.weight for part in parts), attn.rope.cos, attn.rope.sin, *cache.memory()]
             self.layers.append([tensor.detach().numpy() for tensor in tensors])
         ends = model.token_embeddings, model.ln_final, model.lm_head
         self.embeddings, self.gain, self.head = (cast(Tensor, end.weight).detach().numpy() for end in ends)
         self.eps = cast(RMSNorm, model.ln_final).eps
 
-    def logits(self, token_id: int, position: int) -> Tensor:
-        "Return the scores (1, V) of the token after this one."
-        x = self.embeddings[token_id]
+    def logits(self, token_ids: list[int], position: int) -> Tensor:
+        "Return the scores (B, V) of the tokens after these."
+        x = self.embeddings[token_ids]
         for layer, cache in zip(self.layers, self.caches, strict=True):
             x = _layer(x, position, self.eps, *layer)
             cache.length += 1
-        return torch.from_numpy(_product(self.head, _rms_norm(x, self.gain, self.eps)))[None]
+        return torch.from_numpy(_product(self.head, _rms_norm(x, self.gain, self.eps)))
 
-# %% ../nbs/07_generate.ipynb #01e88339
+# %% ../nbs/07_generate.ipynb #64e13e05
+_FEW = 16  # with more texts, PyTorch's products on all cores win
+
+
 class _Reader:
     "Read rows of equal length, each token once, and give the logits of what follows."
 
@@ -275,11 +301,11 @@ class _Reader:
             self.start = self.read = start
         first, self.read = self.read, n
         if self.one is not None and n - first == 1:
-            return self.one.logits(rows[0][first], first - start)
+            return self.one.logits([row[first] for row in rows], first - start)
         ids = torch.tensor([row[first:n] for row in rows], device=self.device)
         positions = torch.arange(first - start, n - start, device=self.device)
         logits = self.model(ids, token_positions=positions, caches=self.caches)[:, -1].float().cpu()
-        if len(rows) == 1 and self.one is None and _can_compile(self.model):
+        if self.one is None and len(rows) <= _FEW and _can_compile(self.model):
             self.one = _OneToken(self.model, self.caches)
         return logits
 

@@ -13,7 +13,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numba
 import numpy as np
@@ -25,12 +25,13 @@ from numba.extending import intrinsic
 __all__ = ['split_pretokens', 'Pretokens', 'count_pretokens', 'merge_pairs', 'Encoder', 'Decoder']
 
 # %% ../nbs/09_kernels.ipynb #a2b8384b
-def _compiled(function: Callable) -> Callable:
+def _compiled(function: Callable, **options: Any) -> Callable:
     "Compile at the first call, and keep the code on disk where some folder can be written."
+    options = {"nogil": True, "error_model": "numpy", **options}
     try:
-        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+        return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache is writable
-        return numba.njit(nogil=True, error_model="numpy")(function)
+        return numba.njit(**options)(function)
 
 # %% ../nbs/09_kernels.ipynb #926841c3
 _LETTER, _NUMBER, _OTHER, _SPACE, _WHITE = range(5)  # white: whitespace other than the space

@@ -105,19 +105,21 @@ def merge_pretokens(
 
 # %% ../nbs/00_tokenizer.ipynb #9e52daa6
 class _Announcement(event.Listener):
-    "Says at the first compilation why it takes a while."
+    "Says at the first compilation of a module why it takes a while."
 
-    said = False
+    def __init__(self, module: str, what: str, seconds: int):
+        self.module, self.what, self.seconds, self.said = module, what, seconds, False
 
     def on_start(self, event: event.Event) -> None:
-        if not self.said and event.data["dispatcher"].py_func.__module__ == "tinylm.kernels":
+        if not self.said and event.data["dispatcher"].py_func.__module__ == self.module:
             self.said = True
-            tqdm.write("tinylm: compiling the tokenizer, at first use alone (all of it: 15 seconds)", file=sys.stderr)
+            line = f"tinylm: compiling {self.what}, at first use alone (all of it: {self.seconds} seconds)"
+            tqdm.write(line, file=sys.stderr)
 
     def on_end(self, event: event.Event) -> None:
         pass
 
-event.register("numba:compile", _Announcement())
+event.register("numba:compile", _Announcement("tinylm.kernels", "the tokenizer", 15))
 
 # %% ../nbs/00_tokenizer.ipynb #3183849f
 def _check_special(special_tokens: list[str]) -> None:
