@@ -28,7 +28,7 @@ demo: .venv/run  ## from nothing to a told story in under three minutes
 
 test: .venv/dev  ## run every notebook and every test
 	$(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: .venv/dev  ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab nbs
