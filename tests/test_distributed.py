@@ -124,7 +124,9 @@ def command(mortal, *argv):
 
 
 if __name__ == "__main__":
-    sys.exit(globals()[sys.argv[1]](*sys.argv[2:]))
+    from tinylm.distributed import leave
+
+    leave(globals()[sys.argv[1]](*sys.argv[2:]) or 0)
 
 
 # --- what must be

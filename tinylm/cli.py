@@ -589,4 +589,9 @@ def _note(message: Warning | str, *where: Any, **more: Any) -> None:
 
 # %% ../nbs/10_cli.ipynb #b7b9e2e3
 if __name__ == "__main__" and "__file__" in globals():
-    sys.exit(main())
+    code = main()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from tinylm.distributed import leave
+
+        leave(code)
+    sys.exit(code)
