@@ -22,12 +22,13 @@ import json
 import os
 import platform
 import random
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from tinylm.data import peak_memory
 
 END = "<|endoftext|>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -179,7 +180,7 @@ def measure_one(job):
     if job["task"] == "train":
         with timed(result, "seconds"):
             result["tokens"] = TRAIN[job["tool"]](job["path"], job["vocab_size"], job["threads"])
-        result["peak"] = peak_memory()
+        result["peak"] = peak_memory() / 1e6
     elif job["task"] == "encode":
         with timed(result, "seconds"):
             ids = encode(job["path"])
@@ -191,7 +192,7 @@ def measure_one(job):
                 to_file(job["path"])
             else:
                 write_ids(flat(encode(job["path"])), Path(job["tokenizer"]) / "encoded.bin")
-        result["peak"] = peak_memory()
+        result["peak"] = peak_memory() / 1e6
     print(json.dumps(result))
 
 
@@ -225,7 +226,7 @@ def stream_one(job):
             while written < size:
                 yield text
                 written += len(text.encode())
-            peaks.append(peak_memory())
+            peaks.append(peak_memory() / 1e6)
 
     with timed(result, "seconds"):
         result["tokens"] = sum(1 for _ in tokenizer.encode_iterable(chunks()))
@@ -235,18 +236,10 @@ def stream_one(job):
             while file.tell() < size:
                 file.write(text)
         tokenizer.encode_file(path, path.with_suffix(".bin"), num_workers=job["threads"])
-        result["file_peaks"].append(peak_memory())
+        result["file_peaks"].append(peak_memory() / 1e6)
     for made in (path, path.with_suffix(".bin"), path.with_suffix(".json")):
         made.unlink()
     print(json.dumps(result | {"bytes": sizes}))
-
-
-def peak_memory():
-    "MB that this process has held at most."
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count the parent process too
-        return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def memory_of(process):

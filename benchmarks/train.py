@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from tinylm.data import peak_memory
 from tinylm.model import TransformerLM, flops_per_token
 from tinylm.optim import AdamW
 from tinylm.train import PRESETS, train_step
@@ -148,7 +148,7 @@ def main():
     if options.peak:
         step = (tinylm_step if options.peak == "tinylm" else hf_step)(config, *data(config))
         step(), step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+        print(peak_memory() / 1e6)
         return
 
     tokens = config.batch_size * config.context_length

@@ -273,9 +273,10 @@ def test_the_floor_is_only_for_fables(base):
 
 
 FORESEE = """
-import resource, sys, time
+import sys, time
 from dataclasses import replace
 import torch
+from tinylm.data import peak_memory
 from tinylm.train import PRESETS, forecast, train
 torch.set_num_threads(1)
 config = replace(PRESETS["laptop"], corpus=sys.argv[1], val_corpus=sys.argv[1], data_dir=sys.argv[2] + "/data",
@@ -284,7 +285,7 @@ foreseen = forecast(config, budget=3)
 began = time.perf_counter()
 train(config)
 print(foreseen.seconds, time.perf_counter() - began)
-print(foreseen.peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+print(foreseen.peak, peak_memory())
 """
 
 

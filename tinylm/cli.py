@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 
 from . import __version__
-from .data import END_OF_TEXT, InputError, fetch_corpus, read_documents
+from .data import END_OF_TEXT, InputError, fetch_corpus, peak_memory, read_documents
 
 # %% ../nbs/10_cli.ipynb #3ac56cc0
 Options = TypeVar("Options")
@@ -168,16 +168,6 @@ class TokenizeOptions:
     vocab_size: int = 1024  # number of token ids: 256 bytes, merges, and <|endoftext|>
     data_dir: str = "data"  # folder that keeps corpora, tokenizers and token files
 
-# %% ../nbs/10_cli.ipynb #a99b77d0
-def _peak_memory() -> str:
-    "Tell the most memory that this process has held, where the system counts it."
-    try:
-        import resource
-    except ImportError:
-        return "not counted on this system"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return _size(peak if sys.platform == "darwin" else 1024 * peak)
-
 # %% ../nbs/10_cli.ipynb #9be26cf3
 def _tokenize(argv: Sequence[str]) -> int:
     "Run `tinylm tokenize`."
@@ -188,7 +178,7 @@ def _tokenize(argv: Sequence[str]) -> int:
 
     began = time.perf_counter()
     tokenizer, *files = prepare(replace(PRESETS["laptop"], **vars(options)))
-    seconds = time.perf_counter() - began
+    seconds, peak = time.perf_counter() - began, peak_memory()
     lengths = np.array([len(tokenizer.vocab[i]) for i in range(tokenizer.vocab_size)])
     for file in files:
         tokens = file.tokens()
@@ -198,7 +188,7 @@ def _tokenize(argv: Sequence[str]) -> int:
     longest = sorted(words, key=len, reverse=True)[:8]
     print("longest tokens:", ", ".join(repr(t.decode("utf-8", "replace")) for t in longest))
     print(f"{tokenizer.vocab_size:,} token ids; fingerprint {tokenizer.fingerprint[:12]}")
-    print(f"{seconds:.1f} seconds; peak memory {_peak_memory()}")
+    print(f"{seconds:.1f} seconds; peak memory {_size(peak) if peak else 'not counted on this system'}")
     return 0
 
 # %% ../nbs/10_cli.ipynb #169c94dc
