@@ -19,7 +19,9 @@ import tinylm.rope
 import tinylm.train
 from tinylm.ablations import (
     Plan,
+    Result,
     compare_run,
+    differences,
     lr_sensitivity,
     paired_difference,
     run_here,
@@ -32,6 +34,13 @@ from tinylm.data import END_OF_TEXT, InputError, fables
 from tinylm.train import PRESETS, prepare, train
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals between processes work otherwise on Windows")
+
+
+def test_a_lucky_single_run_is_no_baseline():
+    losses = {("baseline", 0.01): [2.0, 2.1, 2.2], ("baseline", 0.02): [1.9], ("nope", 0.01): [2.5, 2.5, 2.8]}
+    results = [Result(variant, lr, seed, {"diverged_at_step": None, "curve": [{"val_loss": loss}]})
+               for (variant, lr), group in losses.items() for seed, loss in enumerate(group)]
+    assert differences(results)["nope", 0.01].values == pytest.approx([0.5, 0.4, 0.6])
 
 
 @pytest.fixture(scope="module")

@@ -504,12 +504,12 @@ def by_group(
 def differences(
     results: Iterable[Result],  # of runs that share their base
 ) -> dict[_Group, Difference]:  # each group against the baseline at its best rate
-    """Compare every group with the baseline; without a baseline there is nothing to compare."""
+    """Compare every group with the baseline of the most seeds; without a baseline there is nothing to compare."""
     groups = by_group(results)
     means = {group: float(np.mean(list(losses.values()))) for group, losses in groups.items() if group[0] == "baseline"}
     if not means:
         return {}
-    best = min(means, key=lambda group: means[group])
+    best = min(means, key=lambda group: (-len(groups[group]), means[group]))
     return {group: paired_difference(losses, groups[best]) for group, losses in groups.items() if group != best}
 
 # %% ../nbs/06_ablations.ipynb #0080263e
