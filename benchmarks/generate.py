@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import re
 import string
 import subprocess
@@ -30,7 +29,7 @@ from tinylm.export import to_hf, to_llama2c
 from tinylm.generate import generate
 from tinylm.model import TransformerLM
 from tinylm.tokenizer import Tokenizer
-from tinylm.train import PRESETS, load_run, save_checkpoint
+from tinylm.train import PRESETS, _commit, _environment, load_run, save_checkpoint
 
 END = "<|endoftext|>"
 
@@ -96,13 +95,6 @@ def cases(folder, args):
         yield "llama2.c, OpenMP", 1, threads, lambda t=threads: time_llama2c(args.llama2c_omp, folder, args.tokens, t)
 
 
-def processor():
-    "The processor's name, as Linux tells it or else as Python does."
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.exists() else None
-    return found[1] if found else platform.processor()
-
-
 def main():
     cores = os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -133,10 +125,10 @@ def main():
         rounds = ", ".join(f"{rate:.0f}" for rate in all_rates)
         print(f"| {tool} | {size} | {threads} | {max(all_rates):.0f} | {rounds} | {'yes' if same else 'no'} |")
     if args.json:
-        machine = dict(processor=processor(), cores=cores, python=platform.python_version(), torch=torch.__version__)
         words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
         command = " ".join(["python benchmarks/generate.py", *words])
-        record = dict(command=command, preset="reference", tokens=args.tokens, machine=machine)
+        about = dict(commit=_commit(), environment=_environment("cpu"))
+        record = dict(command=command, preset="reference", tokens=args.tokens, **about)
         args.json.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -9,21 +9,21 @@ The peer is optional: pip install transformers
 """
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from tinylm.data import peak_memory
 from tinylm.model import TransformerLM, flops_per_token
 from tinylm.optim import AdamW
-from tinylm.train import PRESETS, train_step
+from tinylm.train import PRESETS, _commit, _environment, get_batch, train_step
 
 KINDS = {"matrix products": ("mm", "bmm", "addmm"), "attention": ("attention",), "optimizer": ("optimizer",)}
 
@@ -113,6 +113,15 @@ def measure_optimizers(config, rounds):
     return times
 
 
+def measure_batches(config, rounds):
+    "Seconds of fetching a batch from a token file of 200 MB."
+    with tempfile.NamedTemporaryFile() as file:
+        np.random.default_rng(0).integers(config.vocab_size, size=10**8, dtype=np.uint16).tofile(file.name)
+        tokens, rng = np.memmap(file.name, np.uint16, "r"), np.random.default_rng(1)
+        return [seconds(lambda: get_batch(tokens, config.batch_size, config.context_length, "cpu", rng))
+                for _ in range(rounds)]
+
+
 def profile(config):
     "Share of each kind of work in a step, by PyTorch's profiler."
     x, y = data(config)
@@ -153,9 +162,8 @@ def main():
 
     tokens = config.batch_size * config.context_length
     needed = 3 * flops_per_token(config) * tokens
-    record = {"command": "python benchmarks/train.py", "batch_size": config.batch_size, "rounds": options.rounds,
-              "environment": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-                              "python": platform.python_version(), "torch": torch.__version__},
+    record = {"command": " ".join(["python benchmarks/train.py", *sys.argv[1:]]), "batch_size": config.batch_size,
+              "rounds": options.rounds, "commit": _commit(), "environment": _environment("cpu"),
               "peak_mb": {name: peak(name, config.batch_size) for name in ("tinylm", "Hugging Face")}}
     record["steps"], record["optimizers"] = {}, {}
     print("| threads | | s a step | tokens/s | GFLOP/s | share of products alone | peak MB |")
@@ -176,7 +184,9 @@ def main():
         ours, fused = (1000 * statistics.median(values) for values in optimizers.values())
         print(f"\n{threads} thread(s): {statistics.median(ratios):.2f} times as fast as Hugging Face (median ratio "
               f"of the rounds); AdamW {ours:.0f} ms, fused {fused:.0f} ms\n")
+    record["batch_seconds"] = measure_batches(config, 100)
     record["profile"] = profile(config)
+    print(f"A batch from a token file: {1000 * statistics.median(record['batch_seconds']):.2f} ms")
     print("Where a step goes:", ", ".join(f"{kind} {share:.0%}" for kind, share in record["profile"].items()))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
