@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+.DELETE_ON_ERROR:
 .PHONY: help demo test lab docs bench ablations references clean
 
 help:  ## list the targets
@@ -39,9 +40,16 @@ docs: .venv/dev  ## build the site into _docs (Quarto if it is on PATH, else a s
 bench: .venv/dev  ## measure tinylm beside other tools
 	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
 
-CORPUS := --corpus data/tinystories-sample.txt.gz --val_corpus data/tinystories-sample-valid.txt.gz
-ablations: .venv/run  ## make the missing records of chapter 06 (hours; CORPUS= for TinyStories of your own)
-	$(BIN)/tinylm ablate --plan data/results/ablations/plan.json --out data/results/ablations/tinystories $(CORPUS)
+SAMPLE := data/tinystories-sample.txt.gz
+SAMPLE_VALID := data/tinystories-sample-valid.txt.gz
+FIRST = awk -v n=$(1) '{ print } /^<[|]endoftext[|]>/ && !--n { exit }'
+$(SAMPLE) $(SAMPLE_VALID): | .venv/run
+	$(BIN)/tinylm data --corpus tinystories
+	$(call FIRST,19136) data/tinystories/TinyStoriesV2-GPT4-train.txt | gzip > $(SAMPLE)
+	$(call FIRST,3000) data/tinystories/TinyStoriesV2-GPT4-valid.txt | gzip > $(SAMPLE_VALID)
+
+ablations: .venv/run $(SAMPLE) $(SAMPLE_VALID)  ## make the missing records of chapter 06 (hours)
+	$(BIN)/tinylm ablate --plan data/results/ablations/plan.json --out data/results/ablations/tinystories --corpus $(SAMPLE) --val_corpus $(SAMPLE_VALID)
 	$(BIN)/tinylm ablate --plan data/results/ablations/plan-fables.json --out data/results/ablations/fables
 
 references: .venv/run  ## make the curves that tinylm compare knows (half an hour)
