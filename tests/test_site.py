@@ -1,4 +1,6 @@
 """The site as its readers meet it: built anew, its links followed, its pages opened in a browser."""
+import importlib
+import inspect
 import re
 import shutil
 from html.parser import HTMLParser
@@ -87,6 +89,12 @@ def test_links_lead_somewhere(site):
     assert broken_links(site) == []
 
 
+def test_every_chapter_opens_in_colab(site):
+    for path in CHAPTERS:
+        html = (site / f"nbs/{path.stem}.html").read_text(encoding="utf-8")
+        assert re.search(rf"https://colab\.research\.google\.com/github/[\w/.-]+/nbs/{path.name}", html), path.name
+
+
 def test_every_public_name_is_documented(site):
     for path in CHAPTERS:
         module = path.stem.split("_", 1)[1]
@@ -97,6 +105,9 @@ def test_every_public_name_is_documented(site):
             found = re.search(rf"<h3[^>]*>(<[^>]*>)*{name}<(.*?)(<h[123]|$)", html, re.DOTALL)
             assert found, f"{path.name} does not document {name}"
             assert "<pre" in found[2] and "source" in found[2], f"{path.name}: {name} without signature or source link"
+            part = getattr(importlib.import_module(f"tinylm.{module}"), name)
+            if module != "answers" and inspect.isfunction(part) and inspect.signature(part).parameters:
+                assert "<table" in found[2], f"{path.name}: {name} without a table of its parameters"
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -142,7 +153,8 @@ def test_planted_faults_are_seen(tmp_path, browser):
         '<link rel="icon" href="data:,"><a href="gone.html">1</a> <a href="#gone">2</a>'
         '<a href="https://github.com/tinylm/tinylm/blob/main/tinylm/data.py#LNone">3</a>'
         '<img src="data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="><pre>#| export</pre>'
-        '<div style="width: 2000px">wide</div><script src="https://example.com/x.js"></script><script>oops()</script>',
+        '<div style="width: 2000px">wide</div><script src="https://example.com/x.js"></script><script>oops()</script>'
+        '<script>console.error("planted")</script>',
         encoding="utf-8")
     assert len(broken_links(tmp_path)) == 3
     page = browser.new_page(viewport={"width": 390, "height": 800})
@@ -150,5 +162,6 @@ def test_planted_faults_are_seen(tmp_path, browser):
     with served(tmp_path) as address:
         faults = "\n".join(seen_faults(page, address))
     page.close()
-    for fault in ("leaves the machine", "script: oops", "directive: #| export", "without alt text", "wider"):
+    for fault in ("leaves the machine", "script: oops", "console: planted", "directive: #| export", "without alt text",
+                  "wider"):
         assert fault in faults

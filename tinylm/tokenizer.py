@@ -427,8 +427,10 @@ def _load_token_file(path: Path) -> TokenFile:
     return token_file
 
 # %% ../nbs/00_tokenizer.ipynb #9c234cf7
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    "SHA-256 of a file's bytes as they lie on the disk, in hexadecimal."
+def file_sha256(
+    path: str | os.PathLike[str],  # any file
+) -> str:  # 64 hexadecimal digits
+    "Compute the SHA-256 of a file's bytes as they lie on the disk."
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
