@@ -525,7 +525,7 @@ def results_table(
         mean = "" if diverged else f"{np.mean(values):.4f}"
         deviation = "" if diverged or len(values) < 2 else f"{np.std(values, ddof=1):.4f}"
         difference = "" if diverged else _as_text(against.get((variant, lr)))
-        rows.append((variant, f"{lr:.2g}", str(len(values)), str(diverged), mean, deviation, difference))
+        rows.append((variant, f"{lr:.3g}", str(len(values)), str(diverged), mean, deviation, difference))
     return _align(rows)
 
 # %% ../nbs/06_ablations.ipynb #1bdb7c08
@@ -606,7 +606,7 @@ def plot_curves(
         steps = sorted(set.intersection(*map(set, curves)))
         values = np.array([[curve[step] for step in steps] for curve in curves])
         look = _look(variant) | {"marker": ""}
-        axis.plot(steps, values.mean(0), **look, label=f"{variant}, lr {lr:.2g} ({len(curves)})")
+        axis.plot(steps, values.mean(0), **look, label=f"{variant}, lr {lr:.3g} ({len(curves)})")
         axis.fill_between(steps, values.min(0), values.max(0), color=look["color"], alpha=0.2, lw=0)
     axis.set(xlabel="step", ylabel="loss (nats per token)")
     axis.legend()
@@ -630,7 +630,7 @@ def plot_forest(
             axis.text(0.99, y, f"{difference.diverged} of {total} diverged", color="#c00000", va="center", ha="right",
                       transform=axis.get_yaxis_transform())  # fmt: skip
     axis.axvline(0, color="black", lw=1)
-    axis.set(yticks=range(len(rows)), yticklabels=[f"{variant}, lr {lr:.2g}" for (variant, lr), _ in rows])
+    axis.set(yticks=range(len(rows)), yticklabels=[f"{variant}, lr {lr:.3g}" for (variant, lr), _ in rows])
     axis.set(xlabel="loss minus that of the baseline (nats per token)", ylim=(len(rows) - 0.5, -0.5))
     return axis
 
