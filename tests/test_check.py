@@ -786,6 +786,23 @@ def test_training_leaves_everything_as_it_was():
     assert before == after
 
 
+REFUSED = {"a stub": "raise NotImplementedError", "a mistake": "return x / x.sum(dim, keepdim=True)",
+           "the book's own": "from tinylm.layers import softmax as s\n    return s(x, dim)"}
+
+
+@pytest.mark.parametrize("body", REFUSED.values(), ids=REFUSED)
+def test_the_command_does_not_train_with_a_refused_answer(capfd, file, tmp_path, monkeypatch, body):
+    def here(job, *arguments, time_limit):
+        assert job is book._check_job, "it trains"
+        return job(lambda step: None, *arguments)
+
+    monkeypatch.setattr(book, "_in_child", here)
+    (tmp_path / "bad.py").write_text(f"def softmax(x, dim):\n    {body}\n", encoding="utf-8")
+    assert cli.main(["check", f"softmax={tmp_path / 'bad.py'}", f"RMSNorm={file}:MyNorm", "--train"]) == 1
+    out, err = capfd.readouterr()
+    assert "agrees with the book's" in out and err.count("\n") == 1 and "no training" in err, out + err
+
+
 def test_the_command_trains_with_the_answer(capfd, file):
     code, said = told(capfd, f"attention={file}:my_attention", "--train")
     assert code == 0 and "after 40 steps" in said and said.count("->") == 2, said

@@ -444,7 +444,9 @@ def _check(argv: Sequence[str]) -> int:
     for name in [argument for argument in loose if "=" not in argument]:
         print(stub_file(name), end="")
     codes = [_told(check_file, name, *place, time_limit=options.time_limit) for name, place in files.items()]
-    if files and options.train:
+    if options.train and any(codes):
+        print("tinylm: no training with a part that does not pass its check", file=sys.stderr)
+    elif options.train and files:
         codes.append(_told(train_file, files, time_limit=options.time_limit))
     return max(codes, default=0)
 
