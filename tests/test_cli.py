@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -243,6 +244,37 @@ def test_num_and_seed(own, capfd):
 def test_prompt_loop_ends_at_end_of_input(own):
     done = process("generate", "run", "-i", "--max_new_tokens", "5", cwd=own, input="The fox\nThe owl\n")
     assert done.returncode == 0 and "The fox" in done.stdout and "The owl" in done.stdout, done.stderr
+
+
+def until(terminal, words, times, patience=60):
+    "Read from a pseudo terminal until it has shown these words so often; return what it has shown."
+    shown, end = "", time.monotonic() + patience
+    while shown.count(words) < times:
+        ready, _, _ = select.select([terminal], [], [], max(0, end - time.monotonic()))
+        assert ready, f"waited in vain after {shown!r}"
+        shown += os.read(terminal, 4096).decode(errors="replace")
+    return shown
+
+
+def test_prompt_loop_remembers_what_was_typed(own):
+    pty, _ = pytest.importorskip("pty"), pytest.importorskip("readline")
+    terminal, end = pty.openpty()
+    argv = [*TINYLM, "generate", "run", "-i", "--max_new_tokens", "0"]  # tells the prompt alone
+    env = {**ENV, "TERM": "xterm", "INPUTRC": os.devnull}
+    child = subprocess.Popen(argv, cwd=own, env=env, stdin=end, stdout=end, stderr=end)
+    os.close(end)
+    try:
+        until(terminal, "> ", 1)
+        for keys in ("The fox\r", "\x1b[A\r"):  # the second is the up arrow
+            os.write(terminal, keys.encode())
+            shown = until(terminal, "> ", 1)
+            assert shown.count("The fox") == 2, shown  # in the line, and told
+        os.write(terminal, b"\x04")
+        assert child.wait(60) == 0
+    finally:
+        child.kill()
+        child.wait()
+        os.close(terminal)
 
 
 def test_tokenize_tells_and_reuses(own, capfd):
