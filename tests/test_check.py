@@ -803,7 +803,25 @@ def test_the_command_does_not_train_with_a_refused_answer(capfd, file, tmp_path,
     assert "agrees with the book's" in out and err.count("\n") == 1 and "no training" in err, out + err
 
 
-def test_the_command_trains_with_the_answer(capfd, file):
+def test_the_command_trains_with_the_answer(capfd, file, monkeypatch):
+    drawn, plot = [], book.plot_curves
+    monkeypatch.setattr(book, "plot_curves", lambda curves: drawn.append(plot(curves)) or drawn[0])
     code, said = told(capfd, f"attention={file}:my_attention", "--train")
     assert code == 0 and "after 40 steps" in said and said.count("->") == 2, said
     assert file.with_name("my-attention.png").read_bytes()[:4] == b"\x89PNG"
+    [axis] = drawn[0].axes
+    ends = re.findall(r"^(with .+?) +(\S+) -> (\S+) after", said, re.MULTILINE)
+    assert [name for name, *_ in ends] == ["with yours", "with the book's"] and len(axis.lines) == 2
+    for line, (name, *logged) in zip(axis.lines, ends, strict=True):
+        steps, losses = line.get_data()
+        assert list(steps) == list(range(1, 41)) and [f"{losses[i]:.4f}" for i in (0, -1)] == logged
+        assert line.get_label() == f"{name}: {losses[-1]:.3f}"
+
+
+def test_the_curves_hold_every_loss():
+    curves = {"with yours": [3.0, 2.0, 2.5], "with the book's": [3.0, 1.0], "hopeless": []}
+    [axis] = book.plot_curves(curves).axes
+    for line, losses in zip(axis.lines, curves.values(), strict=True):
+        assert list(line.get_ydata()) == losses and list(line.get_xdata()) == list(range(1, len(losses) + 1))
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert names == ["with yours: 2.500", "with the book's: 1.000", "hopeless: diverged"]
