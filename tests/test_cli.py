@@ -202,6 +202,16 @@ def test_the_source_model_takes_a_step(own):
     assert saved["d_ff"] == 1344 and saved["cosine_cycle_iters"] == 20000
 
 
+def test_a_preset_is_named_with_what_the_flags_changed():
+    def said(*argv):
+        return cli._intent(cli._train_options(argv)[0].config()).partition(" tokens ")[2]
+
+    assert said() == said("--corpus", "owt", "--run_dir", "x", "--lr", str(cli._train_options([])[0].lr))
+    assert said() == "(preset laptop)" and said("--preset", "reference") == "(preset reference)"
+    assert said("--preset", "debug", "--lr", "1", "--no_use_rope") == "(preset debug, 2 of its settings changed)"
+    assert re.fullmatch(r"\(preset laptop, \d+ of its settings changed\)", said(*SOURCE))
+
+
 def test_both_spellings_and_presets():
     a, _ = cli._train_options(["--batch_size", "3", "--no-use_rope", "--preset", "debug"])
     b, _ = cli._train_options(["--preset=debug", "--batch-size=3", "--no_use_rope"])
