@@ -786,7 +786,42 @@ def test_training_leaves_everything_as_it_was():
     assert before == after
 
 
-def test_the_command_trains_with_the_answer(capfd, file):
+REFUSED = {"a stub": "raise NotImplementedError", "a mistake": "return x / x.sum(dim, keepdim=True)",
+           "the book's own": "from tinylm.layers import softmax as s\n    return s(x, dim)"}
+
+
+@pytest.mark.parametrize("body", REFUSED.values(), ids=REFUSED)
+def test_the_command_does_not_train_with_a_refused_answer(capfd, file, tmp_path, monkeypatch, body):
+    def here(job, *arguments, time_limit):
+        assert job is book._check_job, "it trains"
+        return job(lambda step: None, *arguments)
+
+    monkeypatch.setattr(book, "_in_child", here)
+    (tmp_path / "bad.py").write_text(f"def softmax(x, dim):\n    {body}\n", encoding="utf-8")
+    assert cli.main(["check", f"softmax={tmp_path / 'bad.py'}", f"RMSNorm={file}:MyNorm", "--train"]) == 1
+    out, err = capfd.readouterr()
+    assert "agrees with the book's" in out and err.count("\n") == 1 and "no training" in err, out + err
+
+
+def test_the_command_trains_with_the_answer(capfd, file, monkeypatch):
+    drawn, plot = [], book.plot_curves
+    monkeypatch.setattr(book, "plot_curves", lambda curves: drawn.append(plot(curves)) or drawn[0])
     code, said = told(capfd, f"attention={file}:my_attention", "--train")
     assert code == 0 and "after 40 steps" in said and said.count("->") == 2, said
     assert file.with_name("my-attention.png").read_bytes()[:4] == b"\x89PNG"
+    [axis] = drawn[0].axes
+    ends = re.findall(r"^(with .+?) +(\S+) -> (\S+) after", said, re.MULTILINE)
+    assert [name for name, *_ in ends] == ["with yours", "with the book's"] and len(axis.lines) == 2
+    for line, (name, *logged) in zip(axis.lines, ends, strict=True):
+        steps, losses = line.get_data()
+        assert list(steps) == list(range(1, 41)) and [f"{losses[i]:.4f}" for i in (0, -1)] == logged
+        assert line.get_label() == f"{name}: {losses[-1]:.3f}"
+
+
+def test_the_curves_hold_every_loss():
+    curves = {"with yours": [3.0, 2.0, 2.5], "with the book's": [3.0, 1.0], "hopeless": []}
+    [axis] = book.plot_curves(curves).axes
+    for line, losses in zip(axis.lines, curves.values(), strict=True):
+        assert list(line.get_ydata()) == losses and list(line.get_xdata()) == list(range(1, len(losses) + 1))
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert names == ["with yours: 2.500", "with the book's: 1.000", "hopeless: diverged"]

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -11,9 +12,11 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
 from tinylm import cli
 from tinylm.data import fables
+from tinylm.train import load_run
 
 SMALL = ("--preset debug --vocab_size 300 --context_length 16 --d_model 16 --num_heads 2 --d_ff 32 --num_layers 1 "
          "--batch_size 4 --max_steps 10 --eval_every 5 --checkpoint_every 5 --log_every 5 --device cpu").split()
@@ -199,6 +202,16 @@ def test_the_source_model_takes_a_step(own):
     assert saved["d_ff"] == 1344 and saved["cosine_cycle_iters"] == 20000
 
 
+def test_a_preset_is_named_with_what_the_flags_changed():
+    def said(*argv):
+        return cli._intent(cli._train_options(argv)[0].config()).partition(" tokens ")[2]
+
+    assert said() == said("--corpus", "owt", "--run_dir", "x", "--lr", str(cli._train_options([])[0].lr))
+    assert said() == "(preset laptop)" and said("--preset", "reference") == "(preset reference)"
+    assert said("--preset", "debug", "--lr", "1", "--no_use_rope") == "(preset debug, 2 of its settings changed)"
+    assert re.fullmatch(r"\(preset laptop, \d+ of its settings changed\)", said(*SOURCE))
+
+
 def test_both_spellings_and_presets():
     a, _ = cli._train_options(["--batch_size", "3", "--no-use_rope", "--preset", "debug"])
     b, _ = cli._train_options(["--preset=debug", "--batch-size=3", "--no_use_rope"])
@@ -241,6 +254,37 @@ def test_num_and_seed(own, capfd):
 def test_prompt_loop_ends_at_end_of_input(own):
     done = process("generate", "run", "-i", "--max_new_tokens", "5", cwd=own, input="The fox\nThe owl\n")
     assert done.returncode == 0 and "The fox" in done.stdout and "The owl" in done.stdout, done.stderr
+
+
+def until(terminal, words, times, patience=60):
+    "Read from a pseudo terminal until it has shown these words so often; return what it has shown."
+    shown, end = "", time.monotonic() + patience
+    while shown.count(words) < times:
+        ready, _, _ = select.select([terminal], [], [], max(0, end - time.monotonic()))
+        assert ready, f"waited in vain after {shown!r}"
+        shown += os.read(terminal, 4096).decode(errors="replace")
+    return shown
+
+
+def test_prompt_loop_remembers_what_was_typed(own):
+    pty, _ = pytest.importorskip("pty"), pytest.importorskip("readline")
+    terminal, end = pty.openpty()
+    argv = [*TINYLM, "generate", "run", "-i", "--max_new_tokens", "0"]  # tells the prompt alone
+    env = {**ENV, "TERM": "xterm", "INPUTRC": os.devnull}
+    child = subprocess.Popen(argv, cwd=own, env=env, stdin=end, stdout=end, stderr=end)
+    os.close(end)
+    try:
+        until(terminal, "> ", 1)
+        for keys in ("The fox\r", "\x1b[A\r"):  # the second is the up arrow
+            os.write(terminal, keys.encode())
+            shown = until(terminal, "> ", 1)
+            assert shown.count("The fox") == 2, shown  # in the line, and told
+        os.write(terminal, b"\x04")
+        assert child.wait(60) == 0
+    finally:
+        child.kill()
+        child.wait()
+        os.close(terminal)
 
 
 def test_tokenize_tells_and_reuses(own, capfd):
@@ -360,4 +404,14 @@ def test_from_nothing_to_a_story(tmp_path):
     command = re.search(r"tinylm (generate .*)", done.stdout).group(1).split()
     told = process(*command, "--max_new_tokens", "40", "--seed", "0", cwd=tmp_path)
     assert told.returncode == 0 and len(told.stdout.split()) > 10, told.stderr
-    assert (tmp_path / "runs").is_dir() and not leftovers(tmp_path)
+    run = tmp_path / command[1]
+    assert run.parent == tmp_path / "runs" and not leftovers(tmp_path)
+    transformers, *_ = [pytest.importorskip(name) for name in ("transformers", "tiktoken", "gguf", "onnxscript")]
+    for name in cli._PLACES:
+        assert cli.main(["export", str(run), "--format", name]) == 0
+    assert len(list((run / "export").iterdir())) == len(cli._PLACES) and not leftovers(tmp_path)
+    model, tokenizer, _ = load_run(run)
+    ids = torch.tensor([tokenizer.encode(told.stdout)[:64]])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "export/hf")
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-5, rtol=1e-5)

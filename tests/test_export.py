@@ -458,16 +458,24 @@ def complaint(capfd, *argv) -> str:
     return line
 
 
-def test_the_command_writes_each_format(run, tmp_path, capfd):
+MADE = {"hf": "hf/model.safetensors", "tiktoken": "vocabulary.tiktoken", "llama2c": "llama2c/model.bin",
+        "gguf": "model.gguf", "onnx": "model.onnx"}
+
+
+@pytest.mark.parametrize("name", cli._PLACES)
+def test_the_command_writes_each_format(run, tmp_path, capfd, name):
+    for package in {"tiktoken": ["tiktoken"], "gguf": ["gguf"], "onnx": ["onnxscript"]}.get(name, []):
+        pytest.importorskip(package)
     own = shutil.copytree(run, tmp_path / "run")
-    for name, made in [("hf", "hf/model.safetensors"), ("tiktoken", "vocabulary.tiktoken"), ("gguf", "model.gguf"),
-                       ("llama2c", "llama2c/model.bin")]:
-        pytest.importorskip(name) if name in ("gguf", "tiktoken") else None
-        assert cli.main(["export", str(own), "--format", name]) == 0
-        assert (own / "export" / made).is_file() and "To read it" in capfd.readouterr().out
-    assert (own / "export/llama2c/tokenizer.bin").is_file()
-    assert cli.main(["export", str(own), "--out", str(tmp_path / "elsewhere")]) == 0
-    assert (tmp_path / "elsewhere/config.json").is_file()
+    assert cli.main(["export", str(own), "--format", name]) == 0
+    made, said = own / "export" / MADE[name], capfd.readouterr().out
+    assert made.is_file() and "To read it" in said and f"export/{MADE[name].split('/')[0]}" in said.replace(os.sep, "/")
+    assert name != "llama2c" or made.with_name("tokenizer.bin").is_file()
+
+
+def test_the_command_writes_where_it_is_told(run, tmp_path):
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "elsewhere")]) == 0
+    assert (tmp_path / "elsewhere/config.json").is_file() and not (run / "export").exists()
 
 
 def test_the_command_complains_in_one_line(run, tokenizer, tmp_path, capfd, monkeypatch):

@@ -245,11 +245,15 @@ def _train(argv: Sequence[str]) -> int:
 def _intent(config: Any) -> str:
     "Say in a line what is about to be trained."
     from tinylm.model import num_parameters
+    from tinylm.train import PRESETS
 
+    places = {"corpus", "val_corpus", "data_dir", "run_dir", "device"}
+    changed = {name for name, _ in vars(config).items() - vars(PRESETS[config.preset]).items()} - places
+    preset = f"preset {config.preset}" + f", {len(changed)} of its settings changed" * bool(changed)
     size = num_parameters(config)
     tokens = config.last_step * config.batch_size * config.context_length
     return (f"training {size:,} parameters on {config.corpus}: {config.last_step:,} steps, {tokens:,} tokens"
-            f" (preset {config.preset})")
+            f" ({preset})")
 
 # %% ../nbs/10_cli.ipynb #5d2e3d05
 @dataclass(frozen=True)
@@ -444,7 +448,9 @@ def _check(argv: Sequence[str]) -> int:
     for name in [argument for argument in loose if "=" not in argument]:
         print(stub_file(name), end="")
     codes = [_told(check_file, name, *place, time_limit=options.time_limit) for name, place in files.items()]
-    if files and options.train:
+    if options.train and any(codes):
+        print("tinylm: no training with a part that does not pass its check", file=sys.stderr)
+    elif options.train and files:
         codes.append(_told(train_file, files, time_limit=options.time_limit))
     return max(codes, default=0)
 
