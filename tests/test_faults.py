@@ -469,6 +469,29 @@ def test_a_number_that_is_none_stops_before_the_update(config, poison):
                parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
 
 
+def test_a_gradient_alone_that_is_no_number_stops_before_the_update(config):
+    "The loss is finite, so that only the gradient's own length tells."
+    def spoil(model, tokenizer, step):
+        if step == 20:
+            model.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
+            models.append(model)
+            weights.extend(p.detach().clone() for p in model.parameters())
+
+    models, weights = [], []
+    with pytest.raises(Diverged) as stopped:
+        train(config, spoil)
+    assert stopped.value.step == 21 and math.isfinite(stopped.value.loss) and math.isnan(stopped.value.grad_norm)
+    assert all(map(torch.equal, weights, models[0].parameters()))
+    last = metrics(config.run_dir)[-1]
+    tokens = tinylm.train.prepare(config)[1].tokens()
+    windows = tinylm.train._starts_of_step(tokens, config, 21).tolist()
+    assert (last["step"], last["diverged"]) == (21, True)
+    assert last["divergence"] == {"loss": pytest.approx(stopped.value.loss, rel=1e-3), "grad_norm": "nan",
+                                  "windows": windows}
+    assert [folder.name[-2:] for folder in checkpoints(config.run_dir)] == ["07", "14"]
+    assert all(p.isfinite().all() for p in load_run(config.run_dir)[0].parameters())
+
+
 def test_spoiled_weights_are_not_saved(config):
     "An update that reaches infinity exactly where a checkpoint is due."
     def spoil(model, tokenizer, step):
