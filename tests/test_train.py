@@ -4,6 +4,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 from tiny import checkpoints, metrics, result, tell, write_fables
+from torch._dynamo.utils import counters
 
+import tinylm.train
 from tinylm.data import END_OF_TEXT, InputError
 from tinylm.model import TransformerLM
 from tinylm.train import (
     PRESETS,
     evaluate,
     fables_floor,
+    forecast,
     load_run,
     prepare,
     record_run,
@@ -94,6 +98,22 @@ def test_bfloat16_learns_and_keeps_its_weights_in_32_bits(config, tmp_path):
     ends = [metrics(run)[-1]["val_loss"] for run in runs]
     assert ends[0] != ends[1] and abs(ends[0] - ends[1]) < 0.1
     assert {p.dtype for p in load_run(runs[1])[0].parameters()} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_a_compiled_model_has_the_losses_of_the_eager_one_and_goes_on(config, tmp_path):
+    "Writing the code takes half a minute the first time; later torch finds it in its cache."
+    if not any(map(shutil.which, tinylm.train._COMPILERS)):
+        pytest.skip(f"no C++ compiler on the PATH: {', '.join(tinylm.train._COMPILERS[1:])}")
+    runs = []
+    for compile in (False, True):
+        short = replace(config, compile=compile, max_steps=5, log_every=1, run_dir=str(tmp_path / str(compile)))
+        counters.clear()
+        runs.append(resume(train(short), max_steps=7))
+        assert bool(counters["stats"]["unique_graphs"]) == compile
+    losses = [[row["train_loss"] for row in metrics(run)[1:]] for run in runs]
+    assert len(losses[1]) == 7
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0, atol=1e-4)
 
 
 def test_tensorboard_shows_what_the_log_holds(config):
@@ -270,6 +290,24 @@ def test_the_floor_is_only_for_fables(base):
     tokens = np.array(tokenizer.encode(f"This is no fable.{END_OF_TEXT}"))
     with pytest.raises(InputError):
         fables_floor(tokens, tokenizer, 1000)
+
+
+def test_a_forecast_times_the_compiled_model_and_not_the_compiler(config, monkeypatch):
+    def compile(model):
+        def write_code(*args):
+            handle.remove()
+            time.sleep(1)
+
+        handle = model.register_forward_pre_hook(write_code)
+        compiled.append(model)
+        return model
+
+    compiled = []
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch, "compile", compile)
+    eager, foreseen = (forecast(replace(config, compile=compile), budget=0.9) for compile in (False, True))
+    assert [model.config.d_model for model in compiled] == [config.d_model]
+    assert foreseen.step_seconds < 0.5 and foreseen.measured == eager.measured == config.batch_size
 
 
 FORESEE = """
