@@ -438,7 +438,21 @@ def test_a_checkpoint_holds_any_optimizer(config, tmp_path):
     assert saved["param_groups"] == json.loads(json.dumps(wanted["param_groups"]))
 
 
-# --- 7, damaged token files, is in test_train.py and test_cli.py
+# --- 7: damaged token files; see also test_train.py and test_cli.py
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda raw: raw[:-6], "{} bytes, expected {}"),
+    (lambda raw: b"\xff\xff" + raw[2:], "holds id 65535, expected ids below 400"),
+], ids=["too short", "an id too large"])
+def test_a_damaged_token_file_is_refused_on_resume(config, tmp_path, capfd, spoil, said):
+    "In one line, which tells what was found and what should be; the run stays as it was."
+    config = replace(config, data_dir=str(shutil.copytree(config.data_dir, tmp_path / "data")))
+    run, file = train(replace(config, max_steps=14)), tinylm.train.prepare(config)[1].path
+    before, size = contents(run / "checkpoints"), file.stat().st_size
+    file.write_bytes(spoil(file.read_bytes()))
+    assert f"{file}: {said.format(size - 6, size)}" in one_line(capfd, "train", "--resume", run, "--max_steps", "20")
+    assert contents(run / "checkpoints") == before and metrics(run)[-1]["step"] == 14
 
 
 # --- 8: not a number
