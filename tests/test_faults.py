@@ -438,7 +438,21 @@ def test_a_checkpoint_holds_any_optimizer(config, tmp_path):
     assert saved["param_groups"] == json.loads(json.dumps(wanted["param_groups"]))
 
 
-# --- 7, damaged token files, is in test_train.py and test_cli.py
+# --- 7: damaged token files; see also test_train.py and test_cli.py
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda raw: raw[:-6], "{} bytes, expected {}"),
+    (lambda raw: b"\xff\xff" + raw[2:], "holds id 65535, expected ids below 400"),
+], ids=["too short", "an id too large"])
+def test_a_damaged_token_file_is_refused_on_resume(config, tmp_path, capfd, spoil, said):
+    "In one line, which tells what was found and what should be; the run stays as it was."
+    config = replace(config, data_dir=str(shutil.copytree(config.data_dir, tmp_path / "data")))
+    run, file = train(replace(config, max_steps=14)), tinylm.train.prepare(config)[1].path
+    before, size = contents(run / "checkpoints"), file.stat().st_size
+    file.write_bytes(spoil(file.read_bytes()))
+    assert f"{file}: {said.format(size - 6, size)}" in one_line(capfd, "train", "--resume", run, "--max_steps", "20")
+    assert contents(run / "checkpoints") == before and metrics(run)[-1]["step"] == 14
 
 
 # --- 8: not a number
@@ -467,6 +481,29 @@ def test_a_number_that_is_none_stops_before_the_update(config, poison):
     assert record_run(config.run_dir, Path(config.run_dir) / "r.json")["diverged_at_step"] == 21
     json.loads((Path(config.run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1],
                parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+def test_a_gradient_alone_that_is_no_number_stops_before_the_update(config):
+    "The loss is finite, so that only the gradient's own length tells."
+    def spoil(model, tokenizer, step):
+        if step == 20:
+            model.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
+            models.append(model)
+            weights.extend(p.detach().clone() for p in model.parameters())
+
+    models, weights = [], []
+    with pytest.raises(Diverged) as stopped:
+        train(config, spoil)
+    assert stopped.value.step == 21 and math.isfinite(stopped.value.loss) and math.isnan(stopped.value.grad_norm)
+    assert all(map(torch.equal, weights, models[0].parameters()))
+    last = metrics(config.run_dir)[-1]
+    tokens = tinylm.train.prepare(config)[1].tokens()
+    windows = tinylm.train._starts_of_step(tokens, config, 21).tolist()
+    assert (last["step"], last["diverged"]) == (21, True)
+    assert last["divergence"] == {"loss": pytest.approx(stopped.value.loss, rel=1e-3), "grad_norm": "nan",
+                                  "windows": windows}
+    assert [folder.name[-2:] for folder in checkpoints(config.run_dir)] == ["07", "14"]
+    assert all(p.isfinite().all() for p in load_run(config.run_dir)[0].parameters())
 
 
 def test_spoiled_weights_are_not_saved(config):

@@ -4,6 +4,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,17 @@ import numpy as np
 import pytest
 import torch
 from tiny import checkpoints, metrics, result, tell, write_fables
+from torch._dynamo.utils import counters
 
+import tinylm.train
+from tinylm import cli
 from tinylm.data import END_OF_TEXT, InputError
 from tinylm.model import TransformerLM
 from tinylm.train import (
     PRESETS,
     evaluate,
     fables_floor,
+    forecast,
     load_run,
     prepare,
     record_run,
@@ -44,6 +49,16 @@ def test_a_finished_run_can_be_resumed_and_extended(config):
     assert result(run) == before
     resume(run, max_steps=60)
     assert metrics(run)[-1]["step"] == 60
+
+
+def test_the_best_loss_is_that_of_the_run_never_stopped(config, tmp_path):
+    "Also when the best one was before the stop: a rate that keeps rising spoils the model again."
+    config = replace(config, lr=1.0, warmup_iters=59)
+    straight = train(replace(config, run_dir=str(tmp_path / "straight")))
+    stopped = resume(train(replace(config, max_steps=40)), max_steps=60)
+    best, again = (record_run(run, run / "record.json")["best_val_loss"] for run in (straight, stopped))
+    losses = [row["val_loss"] for row in metrics(straight) if row["val_loss"] is not None]
+    assert again == best == losses[1] < min(losses[2:])
 
 
 def test_same_seed_same_run_and_another_seed_another(config, tmp_path):
@@ -96,6 +111,22 @@ def test_bfloat16_learns_and_keeps_its_weights_in_32_bits(config, tmp_path):
     assert {p.dtype for p in load_run(runs[1])[0].parameters()} == {torch.float32}
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_a_compiled_model_has_the_losses_of_the_eager_one_and_goes_on(config, tmp_path):
+    "Writing the code takes half a minute the first time; later torch finds it in its cache."
+    if not any(map(shutil.which, tinylm.train._COMPILERS)):
+        pytest.skip(f"no C++ compiler on the PATH: {', '.join(tinylm.train._COMPILERS[1:])}")
+    runs = []
+    for compile in (False, True):
+        short = replace(config, compile=compile, max_steps=5, log_every=1, run_dir=str(tmp_path / str(compile)))
+        counters.clear()
+        runs.append(resume(train(short), max_steps=7))
+        assert bool(counters["stats"]["unique_graphs"]) == compile
+    losses = [[row["train_loss"] for row in metrics(run)[1:]] for run in runs]
+    assert len(losses[1]) == 7
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0, atol=1e-4)
+
+
 def test_tensorboard_shows_what_the_log_holds(config):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -124,6 +155,23 @@ def test_no_compiler(config, monkeypatch):
     assert not Path(config.run_dir).exists()
 
 
+@pytest.mark.parametrize("there, best", [("cuda mps", "cuda"), ("cuda", "cuda"), ("mps", "mps"), ("", "cpu")])
+def test_auto_is_the_best_device_there_is(monkeypatch, there, best):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
+    assert tinylm.train._pick_device("auto") == best
+    assert tinylm.train._pick_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("dtype, ratio, warned", [("bfloat16", 3.0, True), ("bfloat16", 0.5, False),
+                                                  ("float32", 3.0, False)])
+def test_a_slow_bfloat16_is_told(base, monkeypatch, capsys, dtype, ratio, warned):
+    monkeypatch.setattr(tinylm.train, "_product_seconds", lambda dtype, device: {torch.bfloat16: ratio}.get(dtype, 1))
+    assert tinylm.train._check_machine(replace(base, dtype=dtype)) == "cpu"
+    said = "bfloat16 products take 3.0 times as long as float32 on this cpu; leave --dtype out\n"
+    assert capsys.readouterr().err == (said if warned else "")
+
+
 # --- mistakes of the user: one clear line, nothing half-written
 
 
@@ -150,8 +198,12 @@ def test_mistakes_stop_before_the_run_folder_is_made(config, change, match):
 def test_a_corpus_shorter_than_a_window(config, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text(f"Hello.\n{END_OF_TEXT}\n", encoding="utf-8")
-    with pytest.raises(InputError, match="tokens are too few"):
+    with pytest.raises(InputError) as refused:
         train(replace(config, val_corpus=str(short)))
+    file = prepare(replace(config, val_corpus=str(short)))[2]
+    assert str(refused.value) == \
+        f"{file.path}: {file.count} tokens are too few; one window needs {config.context_length + 1}: use more text"
+    assert 0 < file.count <= config.context_length
     assert not Path(config.run_dir).exists()
 
 
@@ -270,6 +322,45 @@ def test_the_floor_is_only_for_fables(base):
     tokens = np.array(tokenizer.encode(f"This is no fable.{END_OF_TEXT}"))
     with pytest.raises(InputError):
         fables_floor(tokens, tokenizer, 1000)
+
+
+def test_a_forecast_times_the_compiled_model_and_not_the_compiler(config, monkeypatch):
+    def compile(model):
+        def write_code(*args):
+            handle.remove()
+            time.sleep(1)
+
+        handle = model.register_forward_pre_hook(write_code)
+        compiled.append(model)
+        return model
+
+    compiled = []
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch, "compile", compile)
+    eager, foreseen = (forecast(replace(config, compile=compile), budget=0.9) for compile in (False, True))
+    assert [model.config.d_model for model in compiled] == [config.d_model]
+    assert foreseen.step_seconds < 0.5 and foreseen.measured == eager.measured == config.batch_size
+
+
+def test_a_plan_by_the_command_makes_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "tinylm.cli", "train", "--plan", "--preset", "debug"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("  ")[0] for line in done.stdout.splitlines() if line[0] != " "] == \
+        ["parameters", "tokens", "operations", "memory", "time", "speed"]
+    assert "40 steps of 2,048" in done.stdout and "it fits" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_far_too_large_is_told(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tinylm.train, "forecast", lambda config: forecast(config, budget=0))
+    if tinylm.train._memory_there("cpu") is None:
+        pytest.skip("this system does not tell how much memory there is")
+    sizes = "--context_length 32 --d_model 16 --num_layers 1 --num_heads 2 --d_ff 32 --batch_size 1000000000".split()
+    assert cli.main(["train", "--plan", "--device", "cpu", *sizes]) == 0
+    assert "GB there are: too much; raise --grad_accum_steps\n" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 FORESEE = """
