@@ -18,7 +18,7 @@ def nbval(notebook: Path) -> tuple[int, str]:
     "Run nbval on a notebook; returns its exit code and what it said."
     # Two notebooks run at a time, so each takes one core; IN_TEST keeps nbdev from exporting.
     env = os.environ | {"IN_TEST": "1", "OMP_NUM_THREADS": "1"}
-    options = ["--nbval-lax", "--nbval-cell-timeout=120", "--nbval-kernel-startup-timeout=120", "-q", "--color=no"]
+    options = ["--nbval-lax", "--nbval-cell-timeout=300", "--nbval-kernel-startup-timeout=120", "-q", "--color=no"]
     result = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, notebook.name],
                             cwd=notebook.parent, env=env, capture_output=True, text=True, encoding="utf-8")
     return result.returncode, result.stdout[-3000:] + result.stderr[-1000:]
