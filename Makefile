@@ -40,15 +40,15 @@ docs: .venv/dev  ## build the site into _docs (Quarto if it is on PATH, else a s
 bench: .venv/dev  ## measure tinylm beside other tools
 	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
 
-SAMPLE := data/tinystories-sample.txt.gz
-SAMPLE_VALID := data/tinystories-sample-valid.txt.gz
+SAMPLE := data/tinystories-head.txt.gz
+SAMPLE_VALID := data/tinystories-head-valid.txt.gz
 FIRST = awk -v n=$(1) '{ print } /^<[|]endoftext[|]>/ && !--n { exit }'
 $(SAMPLE) $(SAMPLE_VALID): | .venv/run
 	$(BIN)/tinylm data --corpus tinystories
 	$(call FIRST,19136) data/tinystories/TinyStoriesV2-GPT4-train.txt | gzip > $(SAMPLE)
 	$(call FIRST,3000) data/tinystories/TinyStoriesV2-GPT4-valid.txt | gzip > $(SAMPLE_VALID)
 
-ablations: .venv/run $(SAMPLE) $(SAMPLE_VALID)  ## make the missing records of chapter 06 (hours)
+ablations: .venv/run $(SAMPLE) $(SAMPLE_VALID)  ## run the plans of chapter 06 on stories of your own download (hours)
 	$(BIN)/tinylm ablate --plan data/results/ablations/plan.json --out data/results/ablations/tinystories --corpus $(SAMPLE) --val_corpus $(SAMPLE_VALID)
 	$(BIN)/tinylm ablate --plan data/results/ablations/plan-fables.json --out data/results/ablations/fables
 

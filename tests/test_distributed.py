@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -257,6 +258,15 @@ def test_four_processes_by_the_command(short, alone, tmp_path):
     assert job.returncode == 0, job.stderr
     assert job.stdout.count("The run lies in") == job.stdout.count("training ") == 1
     assert_same(tmp_path / "run", alone)
+
+
+def test_two_processes_stopped_go_on_with_four_by_the_command(two, alone, tmp_path):
+    "And with FSDP instead of DDP."
+    run = shutil.copytree(two[0] / "signal", tmp_path / "run")
+    assert [path.name for path in checkpoints(run)] == ["step-00000007", "step-00000009"]
+    job = torchrun(4, "command", "none", "train", "--resume", run, "--fsdp")
+    assert job.returncode == 0, job.stderr
+    assert_same(run, alone)
 
 
 def test_one_killed_ends_the_job_and_the_run_goes_on(short, alone, tmp_path):

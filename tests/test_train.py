@@ -1,6 +1,7 @@
 """Training: the same run every time, its options, mistakes of the user, and learning. See also test_faults.py."""
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -346,7 +347,7 @@ def test_a_plan_by_the_command_makes_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-m", "tinylm.cli", "train", "--plan", "--preset", "debug"], cwd=tmp_path,
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert [line.split("  ")[0] for line in done.stdout.splitlines() if line[0] != " "] == \
+    assert [line.split("  ")[0] for line in done.stdout.splitlines() if not line.startswith(" ")] == \
         ["parameters", "tokens", "operations", "memory", "time", "speed"]
     assert "40 steps of 2,048" in done.stdout and "it fits" in done.stdout
     assert not list(tmp_path.iterdir())
@@ -360,6 +361,10 @@ def test_a_plan_far_too_large_is_told(base, tmp_path, monkeypatch, capsys):
     sizes = "--context_length 32 --d_model 16 --num_layers 1 --num_heads 2 --d_ff 32 --batch_size 1000000000".split()
     assert cli.main(["train", "--plan", "--device", "cpu", *sizes]) == 0
     assert "GB there are: too much; raise --grad_accum_steps\n" in capsys.readouterr().out
+    monkeypatch.setattr(tinylm.train, "_time_steps", lambda *args: pytest.fail("it builds a model"))
+    assert cli.main(["train", "--plan", "--device", "cpu", "--d_model", "100000", "--num_heads", "10"]) == 2
+    assert re.fullmatch(r"tinylm: weights, gradients and moments need [\d,.]+ GB, and cpu has [\d,.]+ GB: "
+                        r"choose a smaller model\n", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 

@@ -1405,14 +1405,19 @@ def forecast(
     config: TrainConfig,  # the run to foresee
     budget: float = 10.0,  # seconds that the measurement may take, at least two steps with one sequence
 ) -> Forecast:  # its memory and time on this machine
-    """Foresee what a run will take, without data: memory by formula, time from a few steps with random tokens."""
+    """Foresee what a run will take, without data: memory by formula, time from a few steps with random tokens.
+
+    Raises InputError for a model that the device cannot hold, so that no step of it can be timed."""
     device = _check_machine(config)
+    capacity, memory = _memory_there(device), memory_table(config, config.batch_size // config.grad_accum_steps)
+    model = memory["weights"] + memory["gradients"] + memory["optimizer"]
+    if capacity is not None and model > capacity:
+        needs = f"weights, gradients and moments need {model / 1e9:,.1f} GB"
+        raise InputError(f"{needs}, and {device} has {capacity / 1e9:,.1f} GB: choose a smaller model")
     _time_steps(replace(PRESETS["debug"], batch_size=1), device, 0)  # loads all code that a step needs
-    sequences = config.batch_size // config.grad_accum_steps
-    memory = memory_table(config, sequences)
     peak = _memory_held(device) + round(_SLACK * sum(memory.values()))
     times = _time_steps(config, device, budget)
-    return Forecast(config, memory, peak, _memory_there(device), max(times), *_seconds(config, times))
+    return Forecast(config, memory, peak, capacity, max(times), *_seconds(config, times))
 
 # %% ../nbs/05_train.ipynb #fad56d62
 @dataclass(frozen=True)
