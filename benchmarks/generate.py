@@ -8,8 +8,9 @@ Peers are optional. Hugging Face: `pip install transformers`. llama2.c is one C 
 figures in the book are from its commit 411c5bd):
 
     gcc -O3 -o run run.c -lm
+    gcc -O3 -march=native -o runnative run.c -lm
     gcc -Ofast -fopenmp -march=native -o runomp run.c -lm
-    python benchmarks/generate.py --llama2c ./run --llama2c-omp ./runomp
+    python benchmarks/generate.py --llama2c run --llama2c-native runnative --llama2c-omp runomp
 """
 import argparse
 import importlib.util
@@ -62,7 +63,7 @@ def time_hf(model, batch_size, num_tokens, threads):
 
 
 def time_llama2c(binary, folder, num_tokens, threads):
-    argv = [binary, folder / "model.bin", "-z", folder / "tokenizer.bin", "-t", "0", "-n", str(num_tokens)]
+    argv = [binary.resolve(), folder / "model.bin", "-z", folder / "tokenizer.bin", "-t", "0", "-n", str(num_tokens)]
     done = subprocess.run(argv, capture_output=True, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     return float(re.search(rb"tok/s: ([\d.]+)", done.stderr)[1]), done.stdout.removesuffix(b"\n")
 
@@ -89,17 +90,19 @@ def cases(folder, args):
             yield "tinylm, bfloat16", size, threads, lambda s=size, t=threads: time_tinylm(half, s, args.tokens, t)
             if hf:
                 yield "Hugging Face", size, threads, lambda s=size, t=threads: time_hf(hf, s, args.tokens, t)
-    if args.llama2c:
-        yield "llama2.c", 1, 1, lambda: time_llama2c(args.llama2c, folder, args.tokens, 1)
-    for threads in args.threads if args.llama2c_omp else []:
-        yield "llama2.c, OpenMP", 1, threads, lambda t=threads: time_llama2c(args.llama2c_omp, folder, args.tokens, t)
+    for name, binary, counts in (("llama2.c -O3", args.llama2c, [1]),
+                                 ("llama2.c -O3 native", args.llama2c_native, [1]),
+                                 ("llama2.c -Ofast", args.llama2c_omp, args.threads)):
+        for threads in counts if binary else []:
+            yield name, 1, threads, lambda b=binary, t=threads: time_llama2c(b, folder, args.tokens, t)
 
 
 def main():
     cores = os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--llama2c", help="binary of llama2.c, compiled as its README says: gcc -O3")
-    parser.add_argument("--llama2c-omp", help="another one, compiled with -Ofast -fopenmp -march=native")
+    parser.add_argument("--llama2c", type=Path, help="binary of llama2.c, compiled as its README says: gcc -O3")
+    parser.add_argument("--llama2c-native", type=Path, help="another one, compiled with -O3 -march=native")
+    parser.add_argument("--llama2c-omp", type=Path, help="another one, compiled with -Ofast -fopenmp -march=native")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to write, at most 255")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, cores}))

@@ -1,4 +1,6 @@
 """Generation: the cached path against a naive one, batches, the sliding window, filters against transformers' own."""
+import threading
+
 import pytest
 import torch
 from numba.core import event
@@ -166,6 +168,29 @@ def test_compiled_logits_equal_full_forward_through_shared_memory(size):
     assert [cache.length for cache in caches] == [40, 40]
 
 
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_threads_share_the_texts_and_change_no_bit(monkeypatch, threads, size):
+    model, read, seen = model_of(), _OneToken.read, set()
+    monkeypatch.setattr(_OneToken, "read", lambda *a: seen.add(threading.get_ident()) or read(*a))
+    caches, written = [KVCache(16) for _ in model.layers], []
+    with torch.inference_mode():
+        model(torch.zeros(size, 1, dtype=torch.long), caches=caches)
+    one = _OneToken(model, caches)
+    for count in (1, 2, 3):
+        threads(count)
+        written.append([one.logits([(7 * r + t) % 300 for r in range(size)], t) for t in range(1, 16)])
+    for scores in written:
+        assert torch.equal(torch.stack(scores), torch.stack(written[0]))
+    assert (len(seen) > 1) == (size > 2)  # pairs are shared, and a single pair stays where it is
+
+
 def test_a_part_of_somebody_else_is_never_passed_over():
     class MyNorm(RMSNorm):
         "Looks alike and computes something else."
@@ -225,12 +250,14 @@ def test_bad_values_are_refused_in_one_line_before_any_work(bad, word):
         assert word in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_diverged_model_is_named():
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_diverged_model_is_named(value, temperature):
     model = model_of()
     with torch.no_grad():
-        model.lm_head.weight[3, 3] = float("nan")
+        model.lm_head.weight[3, 3] = value
     with pytest.raises(InputError, match="not finite"):
-        generate(model, [1], 3)
+        generate(model, [[1], [2]], 3, temperature=temperature)
 
 
 def test_cache_refuses_to_overflow():

@@ -6,10 +6,11 @@
 __all__ = ['start_ids', 'pick_id', 'temper', 'keep_top_k', 'keep_top_p', 'next_token_probs', 'KVCache', 'window_start',
            'generate', 'stream', 'stream_text']
 
-# %% ../nbs/07_generate.ipynb #45b8a5f8
+# %% ../nbs/07_generate.ipynb #132e6753
 import codecs
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, cast
 
@@ -78,7 +79,13 @@ def keep_top_p(
     kept = torch.zeros_like(probs).scatter(-1, order, ranked * (above < p))
     return kept / kept.sum(-1, keepdim=True)
 
-# %% ../nbs/07_generate.ipynb #23cb6833
+# %% ../nbs/07_generate.ipynb #9e7628d7
+def _check_finite(number: Tensor) -> None:
+    "Raise InputError if a number that was computed from all scores is infinite or NaN."
+    if not number.isfinite():
+        raise InputError("the model's scores are not finite: its training diverged; use an earlier checkpoint")
+
+# %% ../nbs/07_generate.ipynb #7c5de3de
 def next_token_probs(
     logits: Tensor,  # (B, V) scores of the next token
     temperature: float = 1.0,  # 0 = greedy
@@ -88,8 +95,7 @@ def next_token_probs(
     """Reshape the model's distribution by temperature, then top-k, then top-p.
 
     Raises `InputError` when the logits are not finite."""
-    if not logits.isfinite().all():
-        raise InputError("the model's scores are not finite: its training diverged; use an earlier checkpoint")
+    _check_finite(logits.sum(dtype=torch.float64))
     probs = temper(logits, temperature)
     if top_k is not None:
         probs = keep_top_k(probs, top_k)
@@ -142,38 +148,37 @@ def window_start(
     stride = context_length - context_length // 2
     return max(0, math.ceil((length - context_length) / stride)) * stride
 
-# %% ../nbs/07_generate.ipynb #80af5720
+# %% ../nbs/07_generate.ipynb #a3119440
 _loops = partial(_compiled, fastmath={"reassoc", "contract", "arcp", "nsz"})
-event.register("numba:compile", _Announcement(__name__, "generation", 15))
+event.register("numba:compile", _Announcement(__name__, "generation", 5))
 
-# %% ../nbs/07_generate.ipynb #d55ddf67
+# %% ../nbs/07_generate.ipynb #55a46ddf
 @_loops
 def _product(weight, x):
     "Multiply a matrix (O, I) with each of the vectors x (B, I): four rows with two vectors at a time."
-    out, quarter = np.empty((len(x), len(weight)), np.float32), len(weight) // 4
-    for o in range(quarter):
-        w0, w1, w2, w3 = weight[o], weight[o + quarter], weight[o + 2 * quarter], weight[o + 3 * quarter]
-        for r in range(0, len(x), 2):
-            s = min(r + 1, len(x) - 1)  # a vector that is left over is paired with itself
-            x0, x1 = x[r], x[s]
+    out, n = np.empty((len(x), len(weight)), np.float32), len(weight) // 4
+    for o in range(n):
+        w0, w1, w2, w3 = weight[o], weight[o + n], weight[o + 2 * n], weight[o + 3 * n]
+        for r in range(0, len(x) - 1, 2):
+            x0, x1 = x[r], x[r + 1]
             a = b = c = d = e = f = g = h = np.float32(0)
             for i in range(weight.shape[1]):
-                a += w0[i] * x0[i]
-                b += w1[i] * x0[i]
-                c += w2[i] * x0[i]
-                d += w3[i] * x0[i]
-                e += w0[i] * x1[i]
-                f += w1[i] * x1[i]
-                g += w2[i] * x1[i]
-                h += w3[i] * x1[i]
-            out[r, o], out[r, o + quarter], out[r, o + 2 * quarter], out[r, o + 3 * quarter] = a, b, c, d
-            out[s, o], out[s, o + quarter], out[s, o + 2 * quarter], out[s, o + 3 * quarter] = e, f, g, h
-    for o in range(4 * quarter, len(weight)):
+                a, b, c, d = a + w0[i] * x0[i], b + w1[i] * x0[i], c + w2[i] * x0[i], d + w3[i] * x0[i]
+                e, f, g, h = e + w0[i] * x1[i], f + w1[i] * x1[i], g + w2[i] * x1[i], h + w3[i] * x1[i]
+            out[r, o], out[r, o + n], out[r, o + 2 * n], out[r, o + 3 * n] = a, b, c, d
+            out[r + 1, o], out[r + 1, o + n], out[r + 1, o + 2 * n], out[r + 1, o + 3 * n] = e, f, g, h
+        for r in range(len(x) - len(x) % 2, len(x)):  # a vector that is left over
+            x0 = x[r]
+            a = b = c = d = np.float32(0)
+            for i in range(weight.shape[1]):
+                a, b, c, d = a + w0[i] * x0[i], b + w1[i] * x0[i], c + w2[i] * x0[i], d + w3[i] * x0[i]
+            out[r, o], out[r, o + n], out[r, o + 2 * n], out[r, o + 3 * n] = a, b, c, d
+    for o in range(4 * n, len(weight)):
         for r in range(len(x)):
             out[r, o] = (weight[o] * x[r]).sum()
     return out
 
-# %% ../nbs/07_generate.ipynb #bdba91e4
+# %% ../nbs/07_generate.ipynb #9f89c6db
 @_loops
 def _rms_norm(x, gain, eps):
     "Scale each vector of x (B, D) to a root mean square of one, then by the gains (D)."
@@ -182,7 +187,9 @@ def _rms_norm(x, gain, eps):
         total = np.float32(0)
         for i in range(x.shape[1]):
             total += x[r, i] * x[r, i]
-        out[r] = x[r] * gain * np.float32(1 / math.sqrt(total / x.shape[1] + eps))
+        scale = np.float32(1 / math.sqrt(total / x.shape[1] + eps))
+        for i in range(x.shape[1]):
+            out[r, i] = x[r, i] * gain[i] * scale
     return out
 
 # %% ../nbs/07_generate.ipynb #83f0e419
@@ -223,7 +230,7 @@ def _attend(q, keys, values, length):
             _attend_head(q[r, mine], keys[r, h, :length], values[r, h, :length], out[r, mine])
     return out
 
-# %% ../nbs/07_generate.ipynb #d1783882
+# %% ../nbs/07_generate.ipynb #4a6f405a
 @_loops
 def _layer(x, position, eps, ln1, wq, wk, wv, wo, ln2, w1, w2, w3, cos, sin, keys, values):
     "Update the residual streams (B, D) of the tokens at `position`; their keys and values go into the caches."
@@ -231,14 +238,16 @@ def _layer(x, position, eps, ln1, wq, wk, wv, wo, ln2, w1, w2, w3, cos, sin, key
     q, k, v = _product(wq, y), _product(wk, y), _product(wv, y)
     _turn(q, cos[position], sin[position])
     _turn(k, cos[position], sin[position])
-    shape = keys[:, :, position].shape
-    keys[:, :, position], values[:, :, position] = k.reshape(shape), v.reshape(shape)
+    size = keys.shape[3]
+    for r in range(len(x)):
+        for i in range(x.shape[1]):
+            keys[r, i // size, position, i % size], values[r, i // size, position, i % size] = k[r, i], v[r, i]
     x = x + _product(wo, _attend(q, keys, values, position + 1))
     y = _rms_norm(x, ln2, eps)
     hidden, up = _product(w1, y), _product(w3, y)
     for r in range(len(hidden)):
         for i in range(hidden.shape[1]):
-            hidden[r, i] *= up[r, i] / (1 + math.exp(-hidden[r, i]))
+            hidden[r, i] *= up[r, i] / (np.float32(1) + math.exp(-hidden[r, i]))
     return x + _product(w2, hidden)
 
 # %% ../nbs/07_generate.ipynb #98e0df5c
@@ -253,29 +262,39 @@ def _can_compile(model: TransformerLM) -> bool:
     eps = {module.eps for module in model.modules() if isinstance(module, RMSNorm)}
     return kinds == {("cpu", torch.float32)} and parts == _PARTS and model.config.norm == "pre" and len(eps) == 1
 
-# %% ../nbs/07_generate.ipynb #51636cdd
+# %% ../nbs/07_generate.ipynb #4b6423ec
 class _OneToken:
     "Read one token at a time of each text, with compiled code, through the memory of model and caches."
 
     def __init__(self, model: TransformerLM, caches: Sequence[KVCache]):
-        self.caches, self.layers = caches, []
-        for layer, cache in zip(cast("Iterable[Any]", model.layers), caches, strict=True):
+        self.caches, self.layers, self.threads = caches, [], ThreadPoolExecutor()
+        for layer in cast("Iterable[Any]", model.layers):
             attn, ffn = layer.attn, layer.ffn
             matrices = (attn.q_proj, attn.k_proj, attn.v_proj, attn.output_proj)
             parts = [layer.ln1, *matrices, layer.ln2, ffn.w1, ffn.w2, ffn.w3]
-            tensors = [*(part.weight for part in parts), attn.rope.cos, attn.rope.sin, *cache.memory()]
+            tensors = [*(part.weight for part in parts), attn.rope.cos, attn.rope.sin]
             self.layers.append([tensor.detach().numpy() for tensor in tensors])
+        self.memory = [[tensor.numpy() for tensor in cache.memory()] for cache in caches]
         ends = model.token_embeddings, model.ln_final, model.lm_head
         self.embeddings, self.gain, self.head = (cast(Tensor, end.weight).detach().numpy() for end in ends)
         self.eps = cast(RMSNorm, model.ln_final).eps
 
+    def read(self, x: np.ndarray, texts: slice, position: int) -> np.ndarray:
+        "Return the scores of the tokens after those of some texts, whose embeddings (B, D) are x."
+        for layer, (keys, values) in zip(self.layers, self.memory, strict=True):
+            x = _layer(x, position, self.eps, *layer, keys[texts], values[texts])
+        return _product(self.head, _rms_norm(x, self.gain, self.eps))
+
     def logits(self, token_ids: list[int], position: int) -> Tensor:
-        "Return the scores (B, V) of the tokens after these."
+        "Return the scores (B, V) of the tokens after these, each thread reading its share of the texts."
         x = self.embeddings[token_ids]
-        for layer, cache in zip(self.layers, self.caches, strict=True):
-            x = _layer(x, position, self.eps, *layer)
+        share = 2 * math.ceil(len(x) / 2 / torch.get_num_threads())  # whole pairs
+        shares = [slice(r, r + share) for r in range(0, len(x), share)]
+        each = self.threads.map if len(shares) > 1 else map
+        scores = np.concatenate(list(each(lambda texts: self.read(x[texts], texts, position), shares)))
+        for cache in self.caches:
             cache.length += 1
-        return torch.from_numpy(_product(self.head, _rms_norm(x, self.gain, self.eps)))
+        return torch.from_numpy(scores)
 
 # %% ../nbs/07_generate.ipynb #64e13e05
 _FEW = 16  # with more texts, PyTorch's products on all cores win
@@ -331,7 +350,17 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
             if not 0 <= i < vocab_size:
                 raise InputError(f"the prompt holds token id {i}; this model knows ids 0 to {vocab_size - 1}")
 
-# %% ../nbs/07_generate.ipynb #a2906c69
+# %% ../nbs/07_generate.ipynb #5baa857e
+def _choose(logits: Tensor, draw: torch.Generator, temperature: float, top_k: int | None, top_p: float | None) -> int:
+    "Choose the next token of one text from its scores (1, V)."
+    if temperature == 0:  # the highest score needs no probabilities
+        best, i = logits.max(-1)
+        _check_finite(best)
+        return int(i)
+    u = torch.rand(1, generator=draw, dtype=torch.float64)
+    return int(pick_id(next_token_probs(logits, temperature, top_k, top_p), u))
+
+# %% ../nbs/07_generate.ipynb #dfa579e1
 def _decode(
     model: TransformerLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float,
     top_k: int | None, top_p: float | None, stop_id: int | None, seed: int,
@@ -344,10 +373,8 @@ def _decode(
     alive = set(range(len(rows))) if max_new_tokens else set()
     while alive:
         logits = reader.logits(rows, n)
-        due = [r for r in sorted(alive) if len(rows[r]) == n]
-        u = torch.tensor([torch.rand((), generator=draws[r], dtype=torch.float64) for r in due], dtype=torch.float64)
-        chosen = pick_id(next_token_probs(logits[due], temperature, top_k, top_p), u)
-        for r, i in zip(due, chosen.tolist(), strict=True):
+        for r in [r for r in sorted(alive) if len(rows[r]) == n]:
+            i = _choose(logits[r:r + 1], draws[r], temperature, top_k, top_p)
             rows[r].append(i)
             if i != stop_id:
                 yield r, i
