@@ -1,8 +1,10 @@
 """Training: the same run every time, its options, mistakes of the user, and learning. See also test_faults.py."""
+import json
 import os
 import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -140,6 +142,38 @@ def test_tensorboard_shows_what_the_log_holds(config):
     np.testing.assert_allclose([event.value for event in events.Scalars("train_loss")],
                                [row["train_loss"] for row in rows], rtol=1e-6)
     assert "gradients/layers.0" in events.Tags()["scalars"]
+
+
+def wandb_lines(path):
+    "Read a file of wandb: 7 bytes, then blocks of 32 kB with pieces of records, 7 bytes about each before it."
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record = path.read_bytes(), 7, b""
+    while at < len(data):
+        if at % 32768 > 32768 - 7:
+            at += 32768 - at % 32768
+        size, kind = struct.unpack_from("<HB", data, at + 4)
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last piece
+            history, record = Record.FromString(record).history, b""
+            if history.item:
+                yield {"/".join([*item.nested_key] or [item.key]): json.loads(item.value_json) for item in history.item}
+
+
+def test_wandb_keeps_what_the_log_holds_without_a_network(config, tmp_path):
+    wandb = pytest.importorskip("wandb")
+    runs = [train(replace(config, tracker="wandb", watch=True, max_steps=18, run_dir=str(tmp_path / name)))
+            for name in ("first", "second")]
+    wandb.finish()
+    for run in runs:
+        (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+        kept, rows = list(wandb_lines(file)), metrics(run)
+        assert [line["_step"] for line in kept] == [row["step"] for row in rows]
+        for key in ("train_loss", "val_loss", "lr"):
+            assert [line.get(key) for line in kept] == [row[key] for row in rows]
+        layer = [row.get("gradients", {}).get("layers.0") for row in rows]
+        assert any(layer) and [line.get("gradients/layers.0") for line in kept] == layer
 
 
 def test_a_tracker_that_is_not_installed(config, monkeypatch):

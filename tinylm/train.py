@@ -1203,7 +1203,8 @@ def _tracker(config: TrainConfig, run_dir: Path, step: int) -> _Track:
     import wandb
 
     mode = os.environ.get("WANDB_MODE", "offline")
-    wandb_run = wandb.init(project="tinylm", name=run_dir.name, dir=str(run_dir), config=asdict(config), mode=mode)
+    about: dict[str, Any] = {"project": "tinylm", "name": run_dir.name, "config": asdict(config), "mode": mode}
+    wandb_run = wandb.init(**about, dir=str(run_dir), reinit="finish_previous")
     return lambda row: wandb_run.log(_flat(row), step=row["step"])
 
 
