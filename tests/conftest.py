@@ -14,6 +14,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = re.compile(r"^#\| *(slow|eval: *false)", re.MULTILINE)  # see tst_flags in settings.ini
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
+LONGEST_FIRST = "jupyterlab nbval ablations distributed packaging site faults train check cli".split()
+
+
+def pytest_collection_modifyitems(items):
+    "Begin with the files that take longest, so that of two workers none waits long for the other at the end."
+    places = {f"test_{name}": i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,9 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-import torch
 
 from tinylm import cli
 from tinylm.data import fables
-from tinylm.train import load_run
 
 SMALL = ("--preset debug --vocab_size 300 --context_length 16 --d_model 16 --num_heads 2 --d_ff 32 --num_layers 1 "
          "--batch_size 4 --max_steps 10 --eval_every 5 --checkpoint_every 5 --log_every 5 --device cpu").split()
@@ -392,26 +390,3 @@ def test_a_really_full_disk(shop, tmp_path):
         assert not leftovers(disk)
     finally:
         subprocess.run(["umount", disk], check=True)
-
-
-def test_from_nothing_to_a_story(tmp_path):
-    script = Path(sys.executable).with_name("tinylm")  # the installed command itself
-    command = [script] if script.exists() else TINYLM
-    command = [*command, "train", "--preset", "debug"]
-    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "validation loss" in done.stdout and "floor" in done.stdout and "Traceback" not in done.stderr
-    command = re.search(r"tinylm (generate .*)", done.stdout).group(1).split()
-    told = process(*command, "--max_new_tokens", "40", "--seed", "0", cwd=tmp_path)
-    assert told.returncode == 0 and len(told.stdout.split()) > 10, told.stderr
-    run = tmp_path / command[1]
-    assert run.parent == tmp_path / "runs" and not leftovers(tmp_path)
-    transformers, *_ = [pytest.importorskip(name) for name in ("transformers", "tiktoken", "gguf", "onnxscript")]
-    for name in cli._PLACES:
-        assert cli.main(["export", str(run), "--format", name]) == 0
-    assert len(list((run / "export").iterdir())) == len(cli._PLACES) and not leftovers(tmp_path)
-    model, tokenizer, _ = load_run(run)
-    ids = torch.tensor([tokenizer.encode(told.stdout)[:64]])
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "export/hf")
-    with torch.inference_mode():
-        torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-5, rtol=1e-5)

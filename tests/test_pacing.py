@@ -77,7 +77,7 @@ def test_planted_fault_is_seen(tmp_path, number, source, outputs, fault):
 
 
 @pytest.mark.parametrize("more, fault", [
-    ([cell("code", "y", result(text_html="x" * 350_000))], "kB, not 350"),
+    ([cell("code", "y", result(text_html="x" * 400_000))], "kB, not 400"),
     ([cell("code", "y += 0\n" * 7)] * 9, "half of the cells"),
     ([cell("code", "y += 0\n" * 7)] * 9, "words for a line"),
 ])

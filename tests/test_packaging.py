@@ -6,12 +6,30 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
-from importlib.metadata import packages_distributions
+from functools import cache
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import CHAPTERS, ROOT
+from packaging.requirements import Requirement
+
+from tinylm import cli
+from tinylm.train import load_run
+
+owners_of = cache(packages_distributions)  # module -> the distributions that bring it
+OPTIONAL = {"distributed", "wandb"}  # a flag asks for them, and a line says so where they are missing
+
+
+def requirements() -> list[str]:
+    "What settings.ini says that tinylm needs to run."
+    config = configparser.ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]["requirements"].split()
 
 
 def run(*command: str, **options) -> subprocess.CompletedProcess:
@@ -38,38 +56,99 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_wheel_trains_from_any_folder_with_a_read_only_home(wheel, tmp_path):
-    target, work = tmp_path / "target", tmp_path / "work"
-    work.mkdir()
-    (tmp_path / "file").touch()
-    home = tmp_path / "file/home"  # under a file, nobody can write, not even root
-    installed = run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", f"--target={target}", str(wheel))
+def with_what_they_require(names: list[str]) -> set[str]:
+    "The names of these distributions, and of all that they need to run here."
+    found, waiting = set(), list(names)
+    while waiting:
+        need = Requirement(waiting.pop())
+        if need.name not in found and (need.marker is None or need.marker.evaluate({"extra": ""})):
+            found.add(need.name)
+            waiting += distribution(need.name).requires or []
+    return found
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory) -> str:
+    "A Python of its own that has the wheel and what settings.ini requires, and nothing else."
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False, symlinks=os.name != "nt")
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    for name in with_what_they_require(requirements()):
+        for top in {file.parts[0] for file in distribution(name).files} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(distribution(name).locate_file(top)))
+    python = shutil.which("python", path=sysconfig.get_path("scripts", vars={"base": str(folder)}))
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "-I"]
+    installed = run(*pip, str(wheel))
     assert installed.returncode == 0, installed.stderr
+    compiled_as_in(ROOT / "tinylm", site / "tinylm")
+    return python
+
+
+def compiled_as_in(source: Path, copy: Path) -> None:
+    "Give a copy the machine code that numba keeps for its source, which would take a minute to make again."
+    for path in source.glob("*.py"):
+        shutil.copystat(path, copy / path.name)  # numba knows a file by its time and size
+    (copy / "__pycache__").mkdir(exist_ok=True)
+    for path in source.glob("__pycache__/*.nb?"):
+        shutil.copy(path, copy / "__pycache__")
+
+
+@pytest.fixture
+def strange_place(tmp_path) -> dict:
+    "A folder that is not the project's, and an environment with a home where nobody can write, not even root."
+    (tmp_path / "file").touch()
+    home = str(tmp_path / "file/home")
     keep = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "OPENBLAS_CORETYPE")
-    env = {k: os.environ[k] for k in keep if k in os.environ} | {
-        "HOME": str(home), "USERPROFILE": str(home), "PYTHONPATH": str(target)}
-    where = run(sys.executable, "-c", "import tinylm; print(tinylm.__file__)", cwd=work, env=env)
-    assert Path(where.stdout.strip()).is_relative_to(target)
-    trained = run(sys.executable, "-m", "tinylm.cli", "train", "--preset", "debug", cwd=work, env=env, timeout=240)
-    assert trained.returncode == 0, trained.stdout + trained.stderr
-    assert list(work.glob("runs/*/checkpoints/step-*/model.safetensors"))
+    env = {k: os.environ[k] for k in keep if k in os.environ} | {"HOME": home, "USERPROFILE": home}
+    return {"cwd": tmp_path, "env": env}
 
 
-def test_package_imports_neither_development_tools_nor_torch_for_text():
-    code = ("import sys, importlib\nfor name in sys.argv[1:]: importlib.import_module(f'tinylm.{name}')\n"
-            "print(*{name.split('.')[0] for name in sys.modules})")
-    loaded = run(sys.executable, "-c", code, *[path.stem.split("_", 1)[1] for path in CHAPTERS], cwd=ROOT)
+def test_wheel_goes_from_nothing_to_a_story_in_any_folder_with_a_read_only_home(python, strange_place):
+    where = run(python, "-c", "import tinylm; print(tinylm.__file__)", **strange_place)
+    assert Path(where.stdout.strip()).is_relative_to(Path(python).parent.parent)
+    tinylm = shutil.which("tinylm", path=Path(python).parent)  # the installed command itself
+    trained = run(tinylm, "train", "--preset", "debug", **strange_place, timeout=240)
+    assert trained.returncode == 0 and "Traceback" not in trained.stderr, trained.stdout + trained.stderr
+    assert "validation loss" in trained.stdout and "floor" in trained.stdout
+    words = re.search(r"tinylm (generate .*)", trained.stdout)[1].split()
+    told = run(tinylm, *words, "--max_new_tokens", "40", "--seed", "0", **strange_place)
+    assert told.returncode == 0 and len(told.stdout.split()) > 10, told.stderr
+    folder = strange_place["cwd"]
+    assert (folder / words[1]).parent == folder / "runs" and not list(folder.rglob("*.tmp*"))
+    assert_equal_in_transformers(folder / words[1], told.stdout)
+
+
+def assert_equal_in_transformers(run_dir: Path, text: str) -> None:
+    "Export a run; transformers must give the same logits for a text. (test_export.py exports to the other formats.)"
+    transformers = pytest.importorskip("transformers")
+    assert cli.main(["export", str(run_dir)]) == 0
+    model, tokenizer, _ = load_run(run_dir)
+    ids = torch.tensor([tokenizer.encode(text)[:64]])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "export/hf")
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-5, rtol=1e-5)
+
+
+LOAD = ("import sys, importlib\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
+        "print(*{name.split('.')[0] for name in sys.modules})")
+
+
+def test_package_needs_no_development_tools_and_for_text_no_torch(python, strange_place):
+    names = [f"tinylm.{path.stem.split('_', 1)[1]}" for path in CHAPTERS]
+    loaded = run(python, "-c", LOAD, *names, **strange_place)
     assert loaded.returncode == 0, loaded.stderr
-    assert not {"nbdev", "fastcore", "jaxtyping", "einops", "pytest", "IPython"} & set(loaded.stdout.split())
-    for name in ("tokenizer", "data"):
-        assert "torch" not in run(sys.executable, "-c", code, name, cwd=ROOT).stdout.split(), name
+    for name in ("tinylm.tokenizer", "tinylm.data"):
+        assert "torch" not in run(python, "-c", LOAD, name, **strange_place).stdout.split(), name
+    for name in ("nbdev", "pytest"):  # a planted import
+        assert "No module named" in run(python, "-c", LOAD, name, **strange_place).stderr
 
 
-def imports_of(path: Path) -> set[str]:
-    "The modules that a module of the package needs to be imported itself."
+def imports_of(path: Path, anywhere: bool = False) -> set[str]:
+    "The modules that a module of the package imports to be imported itself, or anywhere in its functions too."
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = set()
-    for node in tree.body:
+    for node in ast.walk(tree) if anywhere else tree.body:
         if isinstance(node, ast.ImportFrom):
             base = ("tinylm." if node.level else "") + (node.module or "")
             found |= {base} if node.module else {base + alias.name for alias in node.names}
@@ -78,14 +157,22 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
+def undeclared(path: Path) -> set[str]:
+    "The modules that a file imports, in its functions too, and that come with nothing that settings.ini requires."
+    required = {Requirement(text).name.replace("_", "-") for text in requirements()}
+    modules = {name.split(".")[0] for name in imports_of(path, anywhere=True)} - sys.stdlib_module_names - {"tinylm"}
+    owners = {name: {owner.replace("_", "-") for owner in owners_of().get(name, [])} for name in modules}
+    return {name for name in modules - OPTIONAL if not owners[name] & required}
+
+
 def test_what_the_package_imports_is_installed_with_it():
-    config = configparser.ConfigParser(delimiters=["="])
-    config.read(ROOT / "settings.ini", encoding="utf-8")
-    required = {re.split(r"[>=<]", name)[0].replace("_", "-") for name in config["DEFAULT"]["requirements"].split()}
-    for path in (ROOT / "tinylm").glob("*.py"):
-        for module in {name.split(".")[0] for name in imports_of(path)} - sys.stdlib_module_names - {"tinylm"}:
-            owners = {name.replace("_", "-") for name in packages_distributions()[module]}
-            assert owners & required, f"{path.name} imports {module}, which settings.ini does not require"
+    assert {path.name: names for path in (ROOT / "tinylm").glob("*.py") if (names := undeclared(path))} == {}
+
+
+def test_a_planted_import_is_seen(tmp_path):
+    (tmp_path / "planted.py").write_text("import torch.nn\ndef f():\n    import yaml, json, wandb\n    "
+                                         "from IPython.display import Image\n", encoding="utf-8")
+    assert undeclared(tmp_path / "planted.py") == {"yaml", "IPython"}
 
 
 def test_a_chapter_builds_on_those_before_it():

@@ -1,8 +1,12 @@
 """The site as its readers meet it: built anew, its links followed, its pages opened in a browser."""
+import copy
 import importlib
 import inspect
+import json
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
@@ -12,7 +16,10 @@ import yaml
 from build_site import build, copy_project
 from conftest import CHAPTERS, ROOT, served
 
-SOURCE = re.compile(r"https://github\.com/tinylm/tinylm/blob/main/(.+)#L(.+)")
+HOME = "https://tinylm.github.io/tinylm/"
+OURS = re.compile(r"https://(?:github\.com|colab\.research\.google\.com/github)/tinylm/tinylm/(?:blob|tree)/main/"
+                  r"([^?#]+)(?:#L(\w+))?.*")  # a file of the repository, and a line of it
+CONFIG = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
 DIRECTIVE = re.compile(r"^\s*(#\s*(\||NBVAL).*|:::.*|.*\bshow_doc\(.*)$", re.MULTILINE)  # for nbdev, nbval, Quarto
 SIZES = {"desktop": (1300, 900), "phone": (390, 800)}
 SCHEMES = {"desktop": "light", "phone": "dark"}
@@ -39,37 +46,54 @@ class Page(HTMLParser):
         self.links += [attrs[k] for k in ("href", "src") if attrs.get(k)]
 
 
+def in_repository(path: str, line: str | None) -> bool:
+    "Whether there is such a file, and a definition in that line of it."
+    if line is None or not (ROOT / path).is_file():
+        return (ROOT / path).exists()
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    return line.isdigit() and bool(re.match(r"\s*(def|class|async def) ", lines[int(line) - 1]))
+
+
+def in_site(link: str, path: Path, site: Path, pages: dict[Path, Page]) -> bool:
+    "Whether a link from a page leads to a file of the site, and to an anchor in it."
+    target, anchor = urldefrag(link)
+    start, target = (site, target[len(HOME):]) if target.startswith(HOME) else (path.parent, target or path.name)
+    file = (start / unquote(target)).resolve()
+    file = file / "index.html" if file.is_dir() else file
+    return file.exists() and (file not in pages or unquote(anchor) in pages[file].anchors)
+
+
 def broken_links(site: Path) -> list[str]:
-    "Links within the site, or to a line of the source, that lead nowhere."
-    pages = {path: Page(path) for path in site.rglob("*.html")}
+    "Links within the site, or into the repository, that lead nowhere."
+    pages = {path: Page(path) for path in site.resolve().rglob("*.html")}
     broken = []
     for path, page in pages.items():
         for link in page.links:
-            target, anchor = urldefrag(link)
-            if source := SOURCE.fullmatch(link):
-                lines = (ROOT / source[1]).read_text(encoding="utf-8").splitlines()
-                good = source[2].isdigit() and re.match(r"\s*(def|class|async def) ", lines[int(source[2]) - 1])
-            elif re.match(r"[a-z]+:|//", link):
-                continue
+            if ours := OURS.fullmatch(link):
+                good = in_repository(unquote(ours[1]), ours[2])
             else:
-                file = (path.parent / unquote(target)).resolve() if target else path
-                file = file / "index.html" if file.is_dir() else file
-                good = file.exists() and (file not in pages or unquote(anchor) in pages[file].anchors)
+                abroad = re.match(r"[a-z]+:|//", link) and not link.startswith(HOME)
+                good = abroad or in_site(link, path, site, pages)
             if not good:
-                broken.append(f"{path.relative_to(site)}: {link}")
+                broken.append(f"{path.name}: {link}")
     return broken
 
 
-def seen_faults(page, address: str) -> list[str]:
-    "What a reader would see go wrong on one page."
+def watched(page) -> list[str]:
+    "A list that gets what goes wrong from now on: complaints on the console, requests that leave the machine."
     faults = []
     page.on("console", lambda m: m.type == "error" and not m.location["url"].endswith("/favicon.ico")
             and faults.append(f"console: {m.text}"))
     page.on("pageerror", lambda e: faults.append(f"script: {e}"))
     page.on("request", lambda r: r.url.startswith(("http://127.0.0.1", "data:", "blob:"))
             or faults.append(f"request leaves the machine: {r.url}"))
-    page.goto(address)  # until all that it loads is there
-    faults += [f"directive: {m[0]}" for m in DIRECTIVE.finditer(page.inner_text("body"))]
+    return faults
+
+
+def seen_faults(page) -> list[str]:
+    "What a reader would see go wrong on the page that is open."
+    page.wait_for_load_state()  # until all that it loads is there
+    faults = [f"directive: {m[0]}" for m in DIRECTIVE.finditer(page.inner_text("body"))]
     faults += [f"picture without alt text: {src[:60]}" for src in page.eval_on_selector_all(
         "img, svg[role=img]", "all => all.filter(e => !(e.alt || e.getAttribute('aria-label'))).map(e => e.src || '')")]
     if page.evaluate("document.documentElement.scrollWidth") > page.viewport_size["width"]:
@@ -77,12 +101,40 @@ def seen_faults(page, address: str) -> list[str]:
     return faults
 
 
-def test_config_lists_every_chapter_once():
-    config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+def config_faults(config: dict) -> list[str]:
+    "Pages that the sidebar lists and that do not exist, and pages that it does not list once and in reading order."
     first, chapters = config["website"]["sidebar"]["contents"]
-    assert first["href"] == "README.md"
-    assert [c["href"] for c in chapters["contents"]] == [f"nbs/{path.name}" for path in CHAPTERS]
-    assert config["execute"] == {"enabled": False} and (ROOT / config["ipynb-filters"][0]).exists()
+    listed = [page["href"] for page in (first, *chapters["contents"])]
+    pages = ["README.md", *(f"nbs/{path.name}" for path in CHAPTERS)]
+    faults = [f"{page} does not exist" for page in listed if not (ROOT / page).exists()]
+    faults += [f"{page} is listed {listed.count(page)} times" for page in pages if listed.count(page) != 1]
+    return faults or ["the sidebar is not in reading order"] * (listed != pages)
+
+
+def test_config_lists_every_chapter_once():
+    assert config_faults(CONFIG) == []
+    assert CONFIG["execute"] == {"enabled": False} and (ROOT / CONFIG["ipynb-filters"][0]).exists()
+
+
+@pytest.mark.parametrize("plant, fault", [
+    (lambda chapters: chapters.append({"href": "nbs/99_none.ipynb"}), "nbs/99_none.ipynb does not exist"),
+    (lambda chapters: chapters.append(chapters[3]), "nbs/02_rope.ipynb is listed 2 times"),
+    (lambda chapters: chapters.pop(3), "nbs/02_rope.ipynb is listed 0 times"),
+    (lambda chapters: chapters.reverse(), "the sidebar is not in reading order"),
+])
+def test_planted_fault_in_the_config_is_seen(plant, fault):
+    config = copy.deepcopy(CONFIG)
+    plant(config["website"]["sidebar"]["contents"][1]["contents"])
+    assert config_faults(config) == [fault]
+
+
+def test_the_filter_reads_a_notebook_and_writes_its_page():
+    "As Quarto runs it: in the folder of the notebook, which it must find out."
+    result = subprocess.run([sys.executable, "_filter.py"], input=CHAPTERS[-1].read_bytes(), cwd=CHAPTERS[-1].parent,
+                            capture_output=True, check=True)
+    sources = [cell["source"] for cell in json.loads(result.stdout)["cells"]]
+    assert any("[Open in Colab]" in source and CHAPTERS[-1].name in source for source in sources)
+    assert not any("# NBVAL" in source or "show_doc(" in source for source in sources)
 
 
 def test_links_lead_somewhere(site):
@@ -111,57 +163,57 @@ def test_every_public_name_is_documented(site):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_pages(site, browser, size):
+def test_sidebar_and_search_lead_to_every_chapter_and_all_is_well_there(site, browser, size):
     width, height = SIZES[size]
-    with served(site) as address:
-        for name in ["README", *[f"nbs/{path.stem}" for path in CHAPTERS]]:
-            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=SCHEMES[size])
-            assert seen_faults(page, f"{address}{name}.html") == [], name
-            page.close()
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_sidebar_and_search_lead_to_every_chapter(site, browser, size):
-    width, height = SIZES[size]
-    page = browser.new_page(viewport={"width": width, "height": height})
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=SCHEMES[size])
+    faults = watched(page)
 
     def show_sidebar():
         page.wait_for_selector("#quarto-sidebar", state="attached")
         if size == "phone":
             page.click(".quarto-btn-toggle")
 
+    def search(words):
+        show_sidebar()
+        if not page.is_visible("#quarto-search input"):  # Quarto may show a button that opens the search
+            page.click("#quarto-search button")
+        page.fill("#quarto-search input, .aa-Input", words)
+
     with served(site) as address:
         page.goto(address)  # index.html, which leads to README.html
         page.wait_for_url("**/README.html")
-        for path in CHAPTERS:
+        assert seen_faults(page) == []
+        for path, other in zip(CHAPTERS, CHAPTERS[7:] + CHAPTERS[:7], strict=True):  # each once in both ways
             show_sidebar()
             page.click(f"#quarto-sidebar a.sidebar-link[href$='{path.stem}.html']")
             page.wait_for_url(f"**/{path.stem}.html")
-            title = page.inner_text("h1")
-            page.goto(f"{address}README.html")
-            show_sidebar()
-            if not page.is_visible("#quarto-search input"):  # Quarto may show a button that opens the search
-                page.click("#quarto-search button")
-            page.fill("#quarto-search input, .aa-Input", title)
-            page.click(f":is(.smalldocs-search-results, .aa-Panel) a[href*='{path.stem}.html'] >> nth=0")
-            page.wait_for_url(f"**/{path.stem}.html*")
+            assert faults + seen_faults(page) == [], path.name
+            search(json.loads(other.read_text(encoding="utf-8"))["cells"][0]["source"][0].strip("# \n"))
+            page.click(f":is(.smalldocs-search-results, .aa-Panel) a[href*='{other.stem}.html'] >> nth=0")
+            page.wait_for_url(f"**/{other.stem}.html*")
     page.close()
+    assert faults == []
 
 
 def test_planted_faults_are_seen(tmp_path, browser):
     (tmp_path / "index.html").write_text(
         '<link rel="icon" href="data:,"><a href="gone.html">1</a> <a href="#gone">2</a>'
         '<a href="https://github.com/tinylm/tinylm/blob/main/tinylm/data.py#LNone">3</a>'
+        '<a href="https://github.com/tinylm/tinylm/blob/main/gone.md">4</a>'
+        '<a href="https://tinylm.github.io/tinylm/gone.html">5</a> <a href="https://tinylm.github.io/tinylm/">good</a>'
+        '<a href="https://github.com/tinylm/tinylm/blob/main/README.md">good</a> <a href="index.html">good</a>'
         '<img src="data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="><pre>#| export</pre>'
         '<div style="width: 2000px">wide</div><script src="https://example.com/x.js"></script><script>oops()</script>'
         '<script>console.error("planted")</script>',
         encoding="utf-8")
-    assert len(broken_links(tmp_path)) == 3
+    assert len(broken_links(tmp_path)) == 5
     page = browser.new_page(viewport={"width": 390, "height": 800})
     page.route("https://**", lambda route: route.abort())
+    faults = watched(page)
     with served(tmp_path) as address:
-        faults = "\n".join(seen_faults(page, address))
+        page.goto(address)
+        said = "\n".join(faults + seen_faults(page))
     page.close()
     for fault in ("leaves the machine", "script: oops", "console: planted", "directive: #| export", "without alt text",
                   "wider"):
-        assert fault in faults
+        assert fault in said
