@@ -189,6 +189,29 @@ def test_merges_by_the_definition(words, num_merges):
     assert as_bytes(merge_pairs(Pretokens.from_dict(words), num_merges)) == merge_by_definition(words, num_merges)
 
 
+def test_merges_by_the_definition_however_little_room_there_is_at_first(monkeypatch):
+    room_for_pairs, rooms = kernels._room_for_pairs, []
+    monkeypatch.setattr(kernels, "_room_for_pairs", lambda room: rooms.append(room) or room_for_pairs(700))
+    make_room = kernels._Merger.make_room
+    monkeypatch.setattr(kernels._Merger, "make_room", lambda self, step: rooms.append(step) or make_room(self, step))
+    words = count_pretokens(io.BytesIO(trained("fables")[1][:50_000]), [END]).as_dict()
+    words |= {b"a" * 3000: 2, bytes(range(256)) * 3: 1}
+    assert as_bytes(merge_pairs(Pretokens.from_dict(words), 250)) == merge_by_definition(words, 250)
+    assert len(rooms) > 4, "it was enlarged, for pairs and for the bytes of long tokens"
+
+
+def test_memory_is_that_of_the_distinct_pretokens():
+    draw = random.Random(0)
+    words = {b" %x" % draw.getrandbits(draw.choice([30, 50, 70])): 1 for _ in range(200_000)}
+    pretokens = Pretokens.from_dict(words)
+    places = int(pretokens.offsets[-1]) + len(words) + 1
+    tracemalloc.start()
+    assert len(merge_pairs(pretokens, 500)) == 500
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * places + 10e6  # 8 bytes a place, 8 an entry of the lists; pairs, heap and tokens
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.one_of(TEXTS, st.text("ab ", max_size=200)), st.integers(0, 60))
 def test_trains_as_the_naive_oracle(text, num_merges):
@@ -348,7 +371,8 @@ def test_hard_texts_take_bounded_time_and_memory(name):
     assert time.process_time() - start < 20
     assert peak < 200e6
     assert 0 < len(ids) <= 3 * len(data)
-    assert merges.shape[1] == 2
+    words = count_pretokens(io.BytesIO(data), [END]).as_dict()
+    assert as_bytes(merges[:1]) == merge_by_definition(words, 1)
 
 
 def test_memory_does_not_grow_with_the_stream():

@@ -469,13 +469,26 @@ def gpt2():
     return Tokenizer.from_files(SHARED / "gpt2" / "vocab.json", SHARED / "gpt2" / "merges.txt", [END_OF_TEXT])
 
 
-@pytest.fixture(scope="session")
-def real_stories():
-    path = SHARED / "tinystories" / "valid_v2.txt.gz"
+@pytest.fixture(scope="session", params=["tinystories/valid_v2", "books/books"])
+def real_text(request):
+    path = SHARED / f"{request.param}.txt.gz"
     if not path.is_file():
-        pytest.skip("real TinyStories are not at hand (../shared/data/tinystories)")
+        pytest.skip(f"real text is not at hand (../shared/data/{request.param}.txt.gz)")
     with gzip.open(path) as file:
-        return file.read(400_000).decode("utf-8", "replace")
+        return file.read(400_000).decode("utf-8", "ignore")
+
+
+@pytest.fixture(scope="session")
+def gpt2_of_hugging_face(gpt2):
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.ByteLevelBPETokenizer(str(SHARED / "gpt2" / "vocab.json"), str(SHARED / "gpt2" / "merges.txt"))
+    theirs.add_special_tokens([END_OF_TEXT])
+    return theirs
+
+
+@pytest.fixture(scope="session")
+def gpt2_of_tiktoken(gpt2):
+    return as_tiktoken(gpt2)
 
 
 def test_gpt2_known_ids(gpt2):
@@ -483,27 +496,23 @@ def test_gpt2_known_ids(gpt2):
     assert gpt2.encode("Hello world" + END_OF_TEXT) == [15496, 995, 50256]
 
 
-def test_gpt2_equals_hugging_face_on_real_stories(gpt2, real_stories, tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    theirs = tokenizers.ByteLevelBPETokenizer(str(SHARED / "gpt2" / "vocab.json"), str(SHARED / "gpt2" / "merges.txt"))
-    theirs.add_special_tokens([END_OF_TEXT])
-    ids = gpt2.encode(real_stories)
-    assert ids == theirs.encode(real_stories).ids
-    gpt2.save(tmp_path)
-    assert Tokenizer.load(tmp_path).encode(real_stories[:50_000]) == gpt2.encode(real_stories[:50_000])
-
-
-def test_gpt2_equals_tiktoken_on_real_stories(gpt2, real_stories):
-    encoding = as_tiktoken(gpt2)
-    assert gpt2.encode(real_stories) == encoding.encode(real_stories, allowed_special="all")
-    assert gpt2.encode(CORPUS) == encoding.encode(CORPUS)
+def test_gpt2_equals_hugging_face_and_tiktoken_on_real_text(gpt2, gpt2_of_hugging_face, gpt2_of_tiktoken, real_text):
+    ids = gpt2.encode(real_text)
+    assert ids == gpt2_of_hugging_face.encode(real_text).ids
+    assert ids == gpt2_of_tiktoken.encode(real_text, allowed_special="all")
 
 
 @given(text=TEXTS)
-def test_gpt2_equals_tiktoken_on_any_text(gpt2, text):
-    if not hasattr(gpt2, "_encoding"):
-        gpt2._encoding = as_tiktoken(gpt2)
-    assert gpt2.encode(text) == gpt2._encoding.encode(text, allowed_special="all")
+@example(CORPUS)
+def test_gpt2_equals_hugging_face_and_tiktoken_on_any_text(gpt2, gpt2_of_hugging_face, gpt2_of_tiktoken, text):
+    ids = gpt2.encode(text)
+    assert ids == gpt2_of_tiktoken.encode(text, allowed_special="all")
+    assert ids == gpt2_of_hugging_face.encode(text).ids
+
+
+def test_gpt2_is_the_same_after_saving(gpt2, tmp_path):
+    gpt2.save(tmp_path)
+    assert Tokenizer.load(tmp_path).encode(CORPUS) == gpt2.encode(CORPUS)
 
 
 def test_from_files_refuses_broken_files(tmp_path, gpt2):
@@ -651,23 +660,52 @@ def test_full_disk_leaves_nothing_half_written(tmp_path, limit):
         TokenFile.load(tmp_path / "x.bin")
 
 
-def start_tokenizing(folder):
-    command = [sys.executable, "-m", "tinylm.cli", "tokenize", "--corpus", "corpus.txt", "--vocab_size", "400"]
+HANG = """
+import itertools, sys, time
+from tinylm import cli, kernels, tokenizer
+stage, *sys.argv[1:] = sys.argv[1:]
+encode_chunks = kernels.Encoder.encode_chunks
+
+def hang(*args, **kwargs):
+    print("now", flush=True)
+    time.sleep(60)
+
+def hang_half_way(*args, **kwargs):
+    yield from itertools.islice(encode_chunks(*args, **kwargs), 1)
+    hang()
+
+if stage == "counting":
+    tokenizer.count_pretokens = hang
+elif stage == "merging":
+    tokenizer.merge_pairs = hang
+elif stage == "encoding":
+    kernels.Encoder.encode_chunks = hang_half_way
+sys.exit(cli.main())
+"""
+
+
+def start_tokenizing(folder, stage="nothing"):
+    "The real command in a process, which stops for a while when it has come to a stage."
+    command = [sys.executable, "-c", HANG, stage, "tokenize", "--corpus", "corpus.txt", "--vocab_size", "400"]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process here")
-@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_an_interrupted_command_leaves_nothing_half_written(tmp_path, signum, code):
-    (tmp_path / "corpus.txt").write_text((CORPUS + END_OF_TEXT) * 30_000, encoding="utf-8")
-    folder = tmp_path / "data" / "corpus" / "vocab-400"
-    process = start_tokenizing(tmp_path)
-    while process.poll() is None and not list(folder.glob(".train.bin*")):  # until it encodes
-        time.sleep(0.001)
+@pytest.mark.parametrize("stage, signum", [
+    ("counting", signal.SIGINT), ("merging", signal.SIGTERM), ("encoding", signal.SIGINT), ("encoding", signal.SIGKILL),
+])
+def test_an_interrupted_command_leaves_nothing_half_written(tmp_path, stage, signum):
+    (tmp_path / "corpus.txt").write_text((CORPUS + END_OF_TEXT) * 300, encoding="utf-8")
+    process = start_tokenizing(tmp_path, stage)
+    line = process.stdout.readline()
+    while line and line != "now\n":
+        line = process.stdout.readline()
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code and "bytes per token" not in out, err
-    left = {path.name for path in folder.iterdir()} - {"tokenizer.json"}
+    assert process.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), err
+    assert line and "bytes per token" not in out and "Traceback" not in err
+    folder = tmp_path / "data" / "corpus" / "vocab-400"
+    left = {path.name for path in folder.glob("*")} - {"tokenizer.json"}
     assert not left or signum == signal.SIGKILL and all(name.startswith(".train.bin") for name in left)
     if signum != signal.SIGKILL:
         return  # after a kill, that is, in the worst case, it can be made all the same

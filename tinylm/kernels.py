@@ -449,7 +449,8 @@ def _move_slots(old, new):
             new[at] = entry
 
 def _wider(array: np.ndarray, n: int) -> np.ndarray:
-    wide = np.zeros(n, array.dtype)
+    "A copy with n rows, the new ones zero."
+    wide = np.zeros((n, *array.shape[1:]), array.dtype)
     wide[: len(array)] = array
     return wide
 
@@ -734,23 +735,21 @@ def count_pretokens(
 
 # %% ../nbs/09_kernels.ipynb #4584e10b
 _EDGE = -(2**31)
+_TIMES, _PLACES, _FIRST, _END = range(4)  # how often a pair occurs, at how many places; where its list begins and ends
+_NUM, _LISTED, _WAITING = range(3)  # how many pairs there are; how much of the lists and of the heap is used
 
 class _Places(NamedTuple):
     "All distinct pretokens end to end, an edge before and after each."
     symbol: np.ndarray  # int32: id of the token that starts here, -size of the one that ends here, or _EDGE
     pair: np.ndarray  # int32: number of the pair that starts here, or -1
-    word: np.ndarray  # int32: which pretoken this is
-    counts: np.ndarray  # int64: how often that pretoken occurs
-    where: np.ndarray  # int32: the places of each pair, one list after the other
-    used: np.ndarray  # (2,): how much of `where` is used, and the number of pairs
+    counts: np.ndarray  # int64: how often each pretoken occurs
 
 class _Pairs(NamedTuple):
     "Pairs of tokens."
     left: np.ndarray  # int32: id
     right: np.ndarray  # int32: id
-    times: np.ndarray  # int64: how often the pair occurs now
-    first: np.ndarray  # int64: where its list of places begins
-    num: np.ndarray  # int32: the length of that list
+    tally: np.ndarray  # (n, 4) int64: _TIMES, _PLACES, _FIRST (-1 without a list) and _END of each pair
+    used: np.ndarray  # (3,) int64: _NUM, _LISTED, _WAITING
 
 class _Tokens(NamedTuple):
     "The bytes of each token: token k is arena[offsets[k] : offsets[k] + size[k]]."
@@ -761,14 +760,13 @@ class _Tokens(NamedTuple):
 
 # %% ../nbs/09_kernels.ipynb #layout02
 @_compiled
-def _lay_out(pretokens, symbol, word):
+def _lay_out(arena, offsets, symbol):
     "Write the bytes of all pretokens, with edges."
-    arena, offsets, counts = pretokens
     at = 1
     symbol[0] = _EDGE
-    for w in range(len(counts)):
+    for w in range(len(offsets) - 1):
         for i in range(offsets[w], offsets[w + 1]):
-            symbol[at], word[at] = arena[i], w
+            symbol[at] = arena[i]
             at += 1
         symbol[at] = _EDGE
         at += 1
@@ -781,117 +779,128 @@ def _left_of(symbol, i):
 
 # %% ../nbs/09_kernels.ipynb #born0001
 @_compiled
-def _born(pairs, used, a, b):
+def _born(pairs, a, b):
     "The number of a new pair."
-    p = used[1]
-    used[1] += 1
-    pairs.left[p], pairs.right[p], pairs.times[p], pairs.num[p] = a, b, 0, 0
+    p = pairs.used[_NUM]
+    pairs.used[_NUM] += 1
+    pairs.left[p], pairs.right[p] = a, b
+    pairs.tally[p, _TIMES], pairs.tally[p, _PLACES], pairs.tally[p, _FIRST] = 0, 0, -1
     return p
+
+@_compiled
+def _tell(tally, p, weight, places):
+    "Count a pair at so many places more, in a pretoken that occurs `weight` times."
+    tally[p, _TIMES] += weight
+    tally[p, _PLACES] += places
 
 @_compiled
 def _number_pairs(places, pairs):
     "Number and count the pairs of bytes."
-    symbol, pair, word, counts, _, used = places
-    number = np.full(65536, -1, np.int32)
-    for i in range(1, len(symbol) - 1):
+    symbol, pair, counts = places
+    number, w = np.full(65536, -1, np.int32), -1
+    for i in range(len(symbol) - 1):
         a, b = symbol[i], symbol[i + 1]
-        if a == _EDGE or b == _EDGE:
-            continue
-        p = number[a << 8 | b]
-        if p < 0:
-            p = number[a << 8 | b] = _born(pairs, used, a, b)
-        pair[i] = p
-        pairs.times[p] += counts[word[i]]
-        pairs.num[p] += 1
+        if a == _EDGE:
+            w += 1
+        elif b != _EDGE:
+            if number[a << 8 | b] < 0:
+                number[a << 8 | b] = _born(pairs, a, b)
+            pair[i] = number[a << 8 | b]
+            _tell(pairs.tally, pair[i], counts[w], 1)
 
 # %% ../nbs/09_kernels.ipynb #63c80f5e
 @_compiled
-def _make_room(first, num, used, base):
-    "Reserve room in `where` for the places of each pair from number `base` on."
-    for p in range(base, used[1]):
-        first[p] = used[0]
-        used[0] += num[p]
-        num[p] = 0
+def _make_room(tally, used, base, floor):
+    "Reserve room for the places of each pair from number `base` on that occurs often enough; return whether one does."
+    some = False
+    for p in range(base, used[_NUM]):
+        tally[p, _FIRST] = -1
+        if tally[p, _TIMES] >= floor:
+            tally[p, _FIRST] = tally[p, _END] = used[_LISTED]
+            used[_LISTED] += tally[p, _PLACES]
+            some = True
+    return some
 
 @_compiled
-def _list_places(places, pairs):
-    "List the places of all pairs."
-    _make_room(pairs.first, pairs.num, places.used, np.int64(0))
-    for i, p in enumerate(places.pair):
-        if p >= 0:
-            places.where[pairs.first[p] + pairs.num[p]] = i
-            pairs.num[p] += 1
+def _list(tally, where, p, i, w):
+    "Write place i, in pretoken w, into the list of pair p, if that has one."
+    if p >= 0 and tally[p, _FIRST] >= 0:
+        where[tally[p, _END], 0], where[tally[p, _END], 1] = i, w
+        tally[p, _END] += 1
+
+@_compiled
+def _list_places(places, tally, where):
+    "List the places of all pairs that have room for them."
+    symbol, pair, _ = places
+    w = -1
+    for i in range(len(symbol)):
+        if symbol[i] == _EDGE:
+            w += 1
+        else:
+            _list(tally, where, pair[i], i, w)
 
 # %% ../nbs/09_kernels.ipynb #d17c67d1
 @_compiled
-def _fuse(symbol, pair, times, new, skip, whole, weight, i):
+def _fuse(symbol, pair, tally, new, skip, whole, weight, i):
     "Merge the token at place i, of `skip` bytes, and its neighbor into token `new`, of `whole` bytes."
     before, right = _left_of(symbol, i), i + skip
     if before >= 0 and symbol[before] != new:
-        times[pair[before]] -= weight
+        _tell(tally, pair[before], -weight, -1)
     if pair[right] >= 0:
-        times[pair[right]] -= weight
+        _tell(tally, pair[right], -weight, -1)
     pair[i] = pair[right] = -1
     symbol[i], symbol[i + whole - 1] = new, -whole
 
 # %% ../nbs/09_kernels.ipynb #8d44024e
 @_compiled
-def _join(pairs, times, used, symbol, pair, new, whole, base, by_left, by_right, weight, i, notes, m):
-    "Count the pairs of the new token at place i with its neighbors, and note their places; return how many notes."
+def _join(pairs, symbol, pair, new, whole, base, by_left, by_right, weight, i):
+    "Count the pairs of the new token at place i with its neighbors."
     before, after = _left_of(symbol, i), symbol[i + whole]
     if before >= 0 and symbol[before] != new:  # else this pair was counted from there
         other = symbol[before]
         if by_left[other] < base:
-            by_left[other] = _born(pairs, used, other, new)
-        p = pair[before] = by_left[other]
-        times[p] += weight
-        notes[m, 0], notes[m, 1] = before, p
-        m += 1
+            by_left[other] = _born(pairs, other, new)
+        pair[before] = by_left[other]
+        _tell(pairs.tally, pair[before], weight, 1)
     if after != _EDGE:
         if by_right[after] < base:
-            by_right[after] = _born(pairs, used, new, after)
-        p = pair[i] = by_right[after]
-        times[p] += weight
-        notes[m, 0], notes[m, 1] = i, p
-        m += 1
-    return m
+            by_right[after] = _born(pairs, new, after)
+        pair[i] = by_right[after]
+        _tell(pairs.tally, pair[i], weight, 1)
 
 # %% ../nbs/09_kernels.ipynb #206edd9e
 @_compiled
-def _list_notes(first, num, where, used, base, notes, m):
-    "Reserve room for each pair from number `base` on, and list its places."
-    for k in range(m):
-        num[notes[k, 1]] += 1
-    _make_room(first, num, used, base)
-    for k in range(m):
-        p = notes[k, 1]
-        where[first[p] + num[p]] = notes[k, 0]
-        num[p] += 1
-
-# %% ../nbs/09_kernels.ipynb #213b1bca
-@_compiled
-def _replace(places, pairs, size, p, new, by_left, by_right):
-    "Merge pair p into token `new` wherever it stands; return the number of the first pair with the new token."
-    symbol, pair, word, counts, where, used = places
-    times, first, base, m = pairs.times, pairs.first[p], used[1], 0
-    stop, skip, whole = first + pairs.num[p], np.int64(size[pairs.left[p]]), np.int64(size[new])
-    notes = np.empty((2 * pairs.num[p], 2), np.int32)
-    k = first
+def _replace(places, pairs, where, size, p, new, by_left, by_right):
+    "Merge pair p into token `new` wherever it stands; return where the list of the places ends at which it did."
+    symbol, pair, counts = places
+    k, stop, base = pairs.tally[p, _FIRST], pairs.tally[p, _END], pairs.used[_NUM]
+    kept, skip, whole = k, np.int64(size[pairs.left[p]]), np.int64(size[new])
     while k < stop:
-        w, begin, done = word[where[k]], k, k
-        while k < stop and word[where[k]] == w:
-            i = np.int64(where[k])
+        w, begin = where[k, 1], kept
+        while k < stop and where[k, 1] == w:
+            i = np.int64(where[k, 0])
             if pair[i] == p:
-                _fuse(symbol, pair, times, new, skip, whole, counts[w], i)
-                where[done] = i
-                done += 1
+                _fuse(symbol, pair, pairs.tally, new, skip, whole, counts[w], i)
+                where[kept, 0], where[kept, 1] = i, w
+                kept += 1
             k += 1
-        for q in range(begin, done):
-            i = np.int64(where[q])
-            m = _join(pairs, times, used, symbol, pair, new, whole, base, by_left, by_right, counts[w], i, notes, m)
-    times[p] = 0
-    _list_notes(pairs.first, pairs.num, where, used, base, notes, m)
-    return base
+        for q in range(begin, kept):
+            _join(pairs, symbol, pair, new, whole, base, by_left, by_right, counts[w], np.int64(where[q, 0]))
+    pairs.tally[p, _TIMES] = pairs.tally[p, _PLACES] = 0
+    return kept
+
+# %% ../nbs/09_kernels.ipynb #f063b49e
+@_compiled
+def _list_born(places, tally, where, k, stop, new):
+    "List the places of the pairs with token `new`, which stands at the places from k to stop of `where`."
+    symbol, pair, _ = places
+    while k < stop:
+        i, w = np.int64(where[k, 0]), where[k, 1]
+        before = _left_of(symbol, i)
+        if before >= 0 and symbol[before] != new:
+            _list(tally, where, pair[before], before, w)
+        _list(tally, where, pair[i], i, w)
+        k += 1
 
 # %% ../nbs/09_kernels.ipynb #67a2180c
 @_compiled
@@ -949,14 +958,23 @@ def _sink(pair, times, size, p, count, tokens, pairs):
 
 # %% ../nbs/09_kernels.ipynb #c27626fc
 @_compiled
-def _most_frequent(heap, size, tokens, pairs):
-    "The first pair by its count of today, or -1 if no pair is left."
+def _most_frequent(heap, size, tokens, pairs, floor):
+    "The first pair by its count of today, or -1 if none occurs often enough."
     while size > 0:
         p = np.int64(heap.pair[0])
-        if heap.times[0] == pairs.times[p]:
-            return p if heap.times[0] > 0 else -1
-        _sink(heap.pair, heap.times, size, p, pairs.times[p], tokens, pairs)
+        times = pairs.tally[p, _TIMES]
+        if heap.times[0] == times:
+            return p if times >= floor else -1
+        _sink(heap.pair, heap.times, size, p, times, tokens, pairs)
     return -1
+
+@_compiled
+def _put_into(heap, tokens, pairs, base):
+    "Put the pairs from number `base` on that are listed into the heap."
+    for p in range(base, pairs.used[_NUM]):
+        if pairs.tally[p, _FIRST] >= 0:
+            _rise(heap.pair, heap.times, pairs.used[_WAITING], p, pairs.tally[p, _TIMES], tokens, pairs)
+            pairs.used[_WAITING] += 1
 
 @_compiled
 def _add_token(tokens, new, a, b):
@@ -972,34 +990,25 @@ def _add_token(tokens, new, a, b):
 
 # %% ../nbs/09_kernels.ipynb #64cbf0b3
 @_compiled
-def _start(places, pairs, tokens, heap):
-    "Number and list all pairs of bytes and put them into the heap; return its size."
-    _number_pairs(places, pairs)
-    _list_places(places, pairs)
-    for p in range(places.used[1]):
-        _rise(heap.pair, heap.times, p, p, pairs.times[p], tokens, pairs)
-    return places.used[1]
-
-@_compiled
-def _merge_on(places, pairs, tokens, heap, by_left, by_right, merges, step):
-    "Merge from a step on; return the step where all is done, or where room is short, and which of both."
-    size = places.used[1]
+def _merge_on(places, pairs, where, heap, tokens, by_left, by_right, floor, merges, step):
+    "Merge from a step on; return the step where the round is over, or where room is short, and which of both."
+    tally, used = pairs.tally, pairs.used
     while step < len(merges):
-        new, p = 256 + step, _most_frequent(heap, size, tokens, pairs)
-        if p < 0:
+        new, p = 256 + step, _most_frequent(heap, used[_WAITING], tokens, pairs, floor)
+        if p < 0 or used[_LISTED] + 2 * tally[p, _PLACES] > len(where):
             return step, True
-        a, b = pairs.left[p], pairs.right[p]
+        a, b, base, first = pairs.left[p], pairs.right[p], used[_NUM], tally[p, _FIRST]
         whole = tokens.size[a] + tokens.size[b]
-        if size + 2 * new > len(pairs.left) or tokens.offsets[new] + whole > len(tokens.arena):
+        if base + 2 * new > len(tally) or tokens.offsets[new] + whole > len(tokens.arena):
             return step, False
         merges[step, 0], merges[step, 1] = a, b
         _add_token(tokens, new, a, b)
-        base = _replace(places, pairs, tokens.size, p, new, by_left, by_right)
-        for q in range(base, places.used[1]):
-            _rise(heap.pair, heap.times, q, q, pairs.times[q], tokens, pairs)
-        size = places.used[1]
+        stop = _replace(places, pairs, where, tokens.size, p, new, by_left, by_right)
+        if _make_room(tally, used, base, floor):
+            _list_born(places, tally, where, first, stop, new)
+            _put_into(heap, tokens, pairs, base)
         step += 1
-    return step, True
+    return step, False
 
 # %% ../nbs/09_kernels.ipynb #c7773974
 def _bytes_as_tokens(num_merges: int) -> _Tokens:
@@ -1016,16 +1025,66 @@ def _places_of(pretokens: Pretokens) -> _Places:
     total = int(pretokens.offsets[-1]) + len(pretokens.counts) + 1
     if total >= 2**31:
         raise ValueError(f"{total:,} bytes of distinct pretokens are more than 2**31")
-    symbol, pair, word = np.full((total, 3), -1, np.int32).T
-    _lay_out(pretokens, symbol, word)
-    where = np.empty(3 * total, np.int32)
-    return _Places(symbol, pair, word, pretokens.counts, where, np.zeros(2, np.int64))
+    symbol, pair = np.full((total, 2), -1, np.int32).T
+    _lay_out(pretokens.arena, pretokens.offsets, symbol)
+    return _Places(symbol, pair, pretokens.counts)
 
 def _room_for_pairs(room: int) -> tuple[_Pairs, _Heap]:
-    pairs = _Pairs(*(np.empty(room, dtype) for dtype in (np.int32, np.int32, np.int64, np.int64, np.int32)))
-    return pairs, _Heap(np.empty(room, np.int32), np.empty(room, np.int64))
+    "Room for so many pairs, and for as many in the heap."
+    left, right, waiting = np.empty((3, room), np.int32)
+    pairs = _Pairs(left, right, np.empty((room, 4), np.int64), np.zeros(3, np.int64))
+    return pairs, _Heap(waiting, np.empty(room, np.int64))
 
 # %% ../nbs/09_kernels.ipynb #c6e3bf8d
+class _Merger:
+    "Pretokens that are being merged."
+
+    def __init__(self, pretokens: Pretokens, num_merges: int):
+        self.places, self.tokens = _places_of(pretokens), _bytes_as_tokens(num_merges)
+        self.pairs, self.heap = _room_for_pairs(65536 + 4 * (256 + num_merges))
+        self.by_left, self.by_right = np.full((2, 256 + num_merges), -1, np.int32)
+        _number_pairs(self.places, self.pairs)
+
+    def next_floor(self) -> int:
+        "The floor of the next round; 0 when no pair is left."
+        times, places, *_ = self.pairs.tally[: self.pairs.used[_NUM]].T
+        volume = np.bincount(np.frexp(times)[1], places)  # how many places pairs of 2**(k-1) to 2**k - 1 times have
+        fitting = np.cumsum(volume[:0:-1]) <= len(self.places.symbol) // 4
+        return 1 << len(volume) - 1 - max(1, int(fitting.sum())) if len(volume) > 1 else 0
+
+    def list_frequent(self, floor: int) -> np.ndarray:
+        "List the places of the pairs that occur so often, with room for those that will be born."
+        tally, used = self.pairs.tally, self.pairs.used
+        used[_LISTED] = used[_WAITING] = 0
+        _make_room(tally, used, 0, floor)
+        total, most = len(self.places.symbol), tally[: used[_NUM], _PLACES].max()
+        where = np.empty((min(3 * total, used[_LISTED] + 2 * max(total // 4, most)), 2), np.int32)
+        _list_places(self.places, tally, where)
+        _put_into(self.heap, self.tokens, self.pairs, 0)
+        return where
+
+    def make_room(self, step: int) -> None:
+        "Enlarge what is full at a step: the room for pairs or that for the bytes of tokens."
+        (left, right, tally, used), room = self.pairs, 2 * len(self.pairs.left)
+        if 2 * (used[_NUM] + 2 * (256 + step)) > room:
+            self.pairs = _Pairs(_wider(left, room), _wider(right, room), _wider(tally, room), used)
+            self.heap = _Heap(*(_wider(array, room) for array in self.heap))
+        else:
+            self.tokens = self.tokens._replace(arena=_wider(self.tokens.arena, 2 * len(self.tokens.arena)))
+
+    def merge_round(self, floor: int, merges: np.ndarray, step: int, progress: Callable[[int], object]) -> int:
+        "Merge from a step on, as long as a pair occurs so often; return the step behind."
+        where, over = self.list_frequent(floor), False
+        while not over and step < len(merges):
+            before, stop = step, min(step + 1000, len(merges))
+            step, over = _merge_on(self.places, self.pairs, where, self.heap, self.tokens, self.by_left, self.by_right,
+                                   floor, merges[:stop], step)
+            progress(step - before)
+            if step < stop and not over:
+                self.make_room(step)
+        return step
+
+# %% ../nbs/09_kernels.ipynb #64a994f0
 def merge_pairs(
     pretokens: Pretokens,  # in any order; the merges do not depend on it
     num_merges: int,  # how many merges to make at most
@@ -1034,23 +1093,9 @@ def merge_pairs(
     """Choose merges as byte-pair encoding does (Sennrich et al. 2016), in O(N log N) for N bytes.
 
     Of pairs with equal counts, the lexicographically greater pair of byte strings wins."""
-    places, tokens = _places_of(pretokens), _bytes_as_tokens(num_merges)
-    room = 65536 + 4 * (256 + num_merges)
-    pairs, heap = _room_for_pairs(room)
-    by_left, by_right = np.full((2, 256 + num_merges), -1, np.int32)
-    _start(places, pairs, tokens, heap)
-    merges, step, done = np.zeros((num_merges, 2), np.int32), 0, False
-    while not done:
-        before, stop = step, min(step + 1000, num_merges)
-        step, done = _merge_on(places, pairs, tokens, heap, by_left, by_right, merges[:stop], step)
-        if not done and places.used[1] + 2 * (256 + step) > room:
-            room *= 2
-            pairs, heap = _Pairs(*(_wider(a, room) for a in pairs)), _Heap(*(_wider(a, room) for a in heap))
-        elif not done:
-            tokens = tokens._replace(arena=_wider(tokens.arena, 2 * len(tokens.arena)))
-        done = done and (step < stop or step == num_merges)
-        if progress:
-            progress(step - before)
+    merger, merges, step = _Merger(pretokens, num_merges), np.zeros((num_merges, 2), np.int32), 0
+    while step < num_merges and (floor := merger.next_floor()):
+        step = merger.merge_round(floor, merges, step, progress or (lambda num: None))
     return merges[:step]
 
 # %% ../nbs/09_kernels.ipynb #87d83506
