@@ -4,7 +4,8 @@ Each figure comes from a fresh process, so that peak memory is that of one task.
 call (importing, compiling, starting threads), is done on a small text beforehand and reported apart. Encoding is
 measured twice: until the ids are in memory, and until they are in a file of 16-bit numbers, flushed to the disk. (For
 tinylm that is `Tokenizer.encode_file`, which also takes the SHA-256 of the text.) A tool that takes more than --limit-s
-seconds or --limit-gb of memory is stopped, and its row says so.
+seconds or --limit-gb of memory is stopped, and its row says so. gigabpe and bpeasy only train; rustbpe encodes only by
+what it has just trained itself, so its ids are its own.
 
 Peers are optional; a tool that is not installed is named as such:
 
@@ -93,11 +94,11 @@ def train_bpeasy(path, vocab_size, num_workers):
     return 1 + len(bpeasy.train_bpe(iter(documents(path)), PATTERN, 1 << 20, vocab_size - 1))
 
 
-# --- encoding: each function loads a tokenizer.json; it returns how to encode a file in memory, how to get all ids but
-# END's from that, and how to encode a file into a file, where there is a way of its own
+# --- encoding: each function loads a tokenizer.json, or trains; it returns how to encode a file in memory, how to get
+# all ids but END's from that, and how to encode a file into a file, where there is a way of its own
 
 
-def encode_tinylm(folder, num_workers):
+def encode_tinylm(folder, num_workers, job):
     import numpy as np
 
     from tinylm.tokenizer import Tokenizer
@@ -116,7 +117,7 @@ def encode_tinylm(folder, num_workers):
     return encode, lambda arrays: (ids := np.concatenate(arrays))[ids != end_id], to_file
 
 
-def encode_gigatoken(folder, num_workers):
+def encode_gigatoken(folder, num_workers, job):
     import awkward
     import gigatoken
 
@@ -128,7 +129,7 @@ def encode_gigatoken(folder, num_workers):
     return encode, lambda rows: awkward.to_numpy(awkward.flatten(rows)), None
 
 
-def encode_tiktoken(folder, num_workers):
+def encode_tiktoken(folder, num_workers, job):
     import numpy as np
     import tiktoken
 
@@ -143,7 +144,7 @@ def encode_tiktoken(folder, num_workers):
     return encode, lambda rows: np.concatenate([np.array(row, np.uint16) for row in rows]), None
 
 
-def encode_tokenizers(folder, num_workers):
+def encode_tokenizers(folder, num_workers, job):
     import numpy as np
     from tokenizers import Tokenizer
 
@@ -155,12 +156,25 @@ def encode_tokenizers(folder, num_workers):
     return encode, lambda rows: np.concatenate([np.array(row.ids, np.uint16) for row in rows]), None
 
 
+def encode_rustbpe(folder, num_workers, job):
+    import numpy as np
+    import rustbpe
+
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator(iter(documents(job["path"])), job["vocab_size"] - 1, pattern=PATTERN)
+
+    def encode(path):
+        return tokenizer.batch_encode(documents(path))
+
+    return encode, lambda rows: np.concatenate([np.array(row, np.uint16) for row in rows]), None
+
+
 TRAIN = {"tinylm": train_tinylm, "gigabpe": train_gigabpe, "gigatoken": train_gigatoken, "rustbpe": train_rustbpe,
          "tokenizers": train_tokenizers, "bpeasy": train_bpeasy}  # fmt: skip
-ENCODE = {"tinylm": encode_tinylm, "gigatoken": encode_gigatoken, "tiktoken": encode_tiktoken,
-          "tokenizers": encode_tokenizers}  # fmt: skip
+ENCODE = {"tinylm": encode_tinylm, "gigatoken": encode_gigatoken, "rustbpe": encode_rustbpe,
+          "tiktoken": encode_tiktoken, "tokenizers": encode_tokenizers}  # fmt: skip
 SLOW = {"tokenizers", "bpeasy", "rustbpe"}  # trained once only
-SLOW_ENCODERS = {"tiktoken", "tokenizers"}  # encode --slow-mb only, and keep lists of Python numbers
+SLOW_ENCODERS = {"rustbpe", "tiktoken", "tokenizers"}  # encode --slow-mb only, and keep lists of Python numbers
 
 
 # --- one measurement, in a process of its own
@@ -173,7 +187,7 @@ def measure_one(job):
         if job["task"] == "train":
             TRAIN[job["tool"]](small, 4000, job["threads"])
         else:
-            encode, flat, to_file = ENCODE[job["tool"]](job["tokenizer"], job["threads"])
+            encode, flat, to_file = ENCODE[job["tool"]](job["tokenizer"], job["threads"], job)
             encode(small)
             if to_file:
                 to_file(small)
@@ -414,13 +428,25 @@ def sentence(size, result):
     return "\n".join(lines)
 
 
+def this_run():
+    "When, by which commit and how a row was measured, and how busy the machine was before."
+    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    arguments = " ".join(argument for argument in sys.argv[1:] if "/" not in argument)
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit, "arguments": arguments, "load before": load}
+
+
+RUN = this_run() if __name__ == "__main__" and "--job" not in sys.argv else {}
+
+
 def measure(title, tools, job_of, repeat):
     "Measure all tools at one task."
     rows = []
     for tool in tools:
         job = job_of(tool)
         result = run(job, 1 if tool in SLOW else repeat)
-        rows.append({"title": title, "tool": tool, "bytes": os.path.getsize(job["path"]), "result": result})
+        rows.append({"title": title, "tool": tool, "bytes": os.path.getsize(job["path"]), "result": result, "run": RUN})
         print(f"{title}, {tool}: {result}", file=sys.stderr, flush=True)
     return rows
 
@@ -429,9 +455,8 @@ def machine(threads):
     "On what all this is measured."
     names = {name: importlib.metadata.version(name) for name in sorted({"numba", *TRAIN, *ENCODE}) if has(name)}
     cpu = next((line.split(":")[1].strip() for line in io.StringIO(read_cpu()) if line.startswith("model name")), "")
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     return {"cpu": cpu or platform.processor(), "threads": threads, "python": platform.python_version(),
-            "load before": round(load, 1), "versions": names}  # fmt: skip
+            "versions": names}  # fmt: skip
 
 
 def read_cpu():
@@ -496,7 +521,7 @@ def benchmark(args, folder):
                 chosen = job(task, "tinylm", folder / "small.txt", vocab_size=1000, tokenizer=small)
                 result = run_once(chosen, NUMBA_CACHE_DIR=empty)
             title = f"Compile, once per installation: {task}"
-            rows.append({"title": title, "tool": "tinylm", "bytes": 1, "result": result})
+            rows.append({"title": title, "tool": "tinylm", "bytes": 1, "result": result, "run": RUN})
     for name, path in make_corpora(args, folder).items():
         part = head(path, args.slow_mb * 10**6, folder / f"{name}-part.txt")
         for vocab_size in args.vocab_size[-1:] if args.large else args.vocab_size:
@@ -509,17 +534,17 @@ def benchmark(args, folder):
                 rows += measure(f"Train: {what}", [t for t in args.tools if t in TRAIN], training, args.repeat)
             if not {"encode", "stream"} & set(args.tasks):
                 continue
-            made = make_tokenizer(path, vocab_size, folder)
+            by = {"tokenizer": make_tokenizer(path, vocab_size, folder), "vocab_size": vocab_size}
 
             def encoding(tool):
-                return job("encode", tool, part if tool in SLOW_ENCODERS else path, tokenizer=made)  # noqa: B023
+                return job("encode", tool, part if tool in SLOW_ENCODERS else path, **by)  # noqa: B023
 
             if "encode" in args.tasks:
                 rows += measure(f"Encode: {what}", [t for t in args.tools if t in ENCODE], encoding, args.repeat)
             if "stream" in args.tasks and not any(row["title"].startswith("Stream") for row in rows):
                 size = int(args.stream_gb * 1e9)
-                result = run_once(job("stream", "tinylm", path, tokenizer=made, bytes=size))
-                rows.append({"title": f"Stream: {what}", "tool": "tinylm", "bytes": size, "result": result})
+                result = run_once(job("stream", "tinylm", path, bytes=size, **by))
+                rows.append({"title": f"Stream: {what}", "tool": "tinylm", "bytes": size, "result": result, "run": RUN})
     return rows
 
 
