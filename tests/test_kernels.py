@@ -190,14 +190,19 @@ def test_merges_by_the_definition(words, num_merges):
 
 
 def test_merges_by_the_definition_however_little_room_there_is_at_first(monkeypatch):
-    room_for_pairs, rooms = kernels._room_for_pairs, []
-    monkeypatch.setattr(kernels, "_room_for_pairs", lambda room: rooms.append(room) or room_for_pairs(700))
-    make_room = kernels._Merger.make_room
-    monkeypatch.setattr(kernels._Merger, "make_room", lambda self, step: rooms.append(step) or make_room(self, step))
     words = count_pretokens(io.BytesIO(trained("fables")[1][:50_000]), [END]).as_dict()
-    words |= {b"a" * 3000: 2, bytes(range(256)) * 3: 1}
+    words |= {b"a" * 20_000: 10**6, bytes(range(256)) * 3: 1}
+    room_for_pairs, make_room, enlarged = kernels._room_for_pairs, kernels._Merger.make_room, set()
+
+    def watched(self, step):
+        before = len(self.pairs.left), len(self.tokens.arena)
+        make_room(self, step)
+        enlarged.add((len(self.pairs.left) > before[0], len(self.tokens.arena) > before[1]))
+
+    monkeypatch.setattr(kernels, "_room_for_pairs", lambda room: room_for_pairs(700))
+    monkeypatch.setattr(kernels._Merger, "make_room", watched)
     assert as_bytes(merge_pairs(Pretokens.from_dict(words), 250)) == merge_by_definition(words, 250)
-    assert len(rooms) > 4, "it was enlarged, for pairs and for the bytes of long tokens"
+    assert enlarged == {(True, False), (False, True)}  # for pairs, and for the bytes of long tokens
 
 
 def test_memory_is_that_of_the_distinct_pretokens():
