@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['equal_weights', 'longest_match', 'layer_norm', 'log_softmax', 'query_for_distance', 'long_context',
-           'smooth_cross_entropy', 'whole_gradient', 'gradients_in_halves', 'seeds_needed', 'keep_min_p',
-           'quantize_rows', 'number_starts', 'edit_distance', 'ulps']
+           'multi_query_attention', 'smooth_cross_entropy', 'warmup_factor', 'whole_gradient', 'gradients_in_halves',
+           'seeds_needed', 'welch_half_width', 'keep_min_p', 'entropy', 'quantize_rows', 'half_split_matrix',
+           'number_starts', 'edit_distance', 'ulps']
 
 # %% ../nbs/12_answers.ipynb #14531c95
 import math
 import re
+import statistics
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,8 @@ from torch import Tensor
 
 import tinylm.data
 from .ablations import t_quantile
-from .check import PARTS, Part, _call, _random
-from .model import ModelConfig, flops_per_token, parameter_table
+from .check import PARTS, Part, _call, _random, _without_gradient
+from .model import ModelConfig, causal_mask, flops_per_token, parameter_table, scaled_dot_product_attention
 from .optim import cross_entropy
 from .rope import apply_rope, rope_angles
 
@@ -135,6 +137,29 @@ PARTS["long_context"] = Part("03_model", long_context, {
     "at this length the two are equal: one more is wanted": lambda config: long_context(config) - 1,
 })
 
+# %% ../nbs/12_answers.ipynb #3f0a99bc
+def multi_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    "Attend with queries (B, H, T, K) to keys and values (B, S, K) that all heads share; mask (T, S), True: may attend."
+    return scaled_dot_product_attention(q, k[:, None], v[:, None], mask)
+
+# %% ../nbs/12_answers.ipynb #21270014
+def _shared(batch: int, heads: int, mask: Tensor | None = None):
+    q, k, v = _random(batch, heads, 3, 4), _random(batch, 3, 4, seed=1), _random(batch, 3, 4, seed=2)
+    return _call(q=q, k=k, v=v, mask=mask)
+
+# %% ../nbs/12_answers.ipynb #704d5cf5
+PARTS["multi_query_attention"] = Part("03_model", multi_query_attention, {
+    "a single text": _shared(1, 2), "two texts, three heads": _shared(2, 3),
+    "as many texts as heads": _shared(2, 2), "a causal mask": _shared(2, 3, causal_mask(3)),
+}, {
+    "the batch is taken for the heads: give k and v an axis in the heads' place": lambda q, k, v, mask=None: (
+        scaled_dot_product_attention(q, k, v, mask)),
+    "the mask is ignored": lambda q, k, v, mask=None: multi_query_attention(q, k, v),
+    "the scores are divided by the root of H K, not of K": lambda q, k, v, mask=None: multi_query_attention(
+        q / q.shape[1] ** 0.5, k, v, mask),
+    "the heads are averaged": lambda q, k, v, mask=None: multi_query_attention(q, k, v, mask).mean(1),
+})
+
 # %% ../nbs/12_answers.ipynb #ddf3e510
 def smooth_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     "Average the cross-entropy against targets of which the share `smoothing` is spread over all V tokens."
@@ -150,6 +175,22 @@ PARTS["smooth_cross_entropy"] = Part("04_optim", smooth_cross_entropy, {
     "a constant is added": lambda x, t, smoothing: F.cross_entropy(x, t) + smoothing * math.log(x.shape[-1]),
     "the spread is summed over the tokens, not averaged": lambda x, t, smoothing: (
         (1 - smoothing) * F.cross_entropy(x, t) - smoothing * x.log_softmax(-1).sum(-1).mean()),
+})
+
+# %% ../nbs/12_answers.ipynb #0961debb
+def warmup_factor(step: int, beta1: float, beta2: float) -> float:
+    "Find what the rate of one step, counted from 1, must be multiplied by to replace Adam's bias correction."
+    return math.sqrt(1 - beta2**step) / (1 - beta1**step)
+
+# %% ../nbs/12_answers.ipynb #2ab4f8e8
+PARTS["warmup_factor"] = Part("04_optim", warmup_factor, {
+    f"step {step}": _call(step=step, beta1=0.9, beta2=0.99) for step in (1, 2, 10, 1000)
+}, {
+    "the root is missing": lambda step, beta1, beta2: (1 - beta2**step) / (1 - beta1**step),
+    "only the first moment's correction is replaced": lambda step, beta1, beta2: 1 / (1 - beta1**step),
+    "only the second moment's correction is replaced": lambda step, beta1, beta2: math.sqrt(1 - beta2**step),
+    "the factor is upside down": lambda step, beta1, beta2: 1 / warmup_factor(step, beta1, beta2),
+    "steps are counted from 0": lambda step, beta1, beta2: warmup_factor(step - 1, beta1, beta2),
 })
 
 # %% ../nbs/12_answers.ipynb #cf1e697b
@@ -245,6 +286,39 @@ PARTS["seeds_needed"] = Part("06_ablations", seeds_needed, {
         2 * deviation, difference),
 })
 
+# %% ../nbs/12_answers.ipynb #a27966cd
+def welch_half_width(first: list[float], second: list[float]) -> float:
+    "Find half the width of Welch's 95% interval for the difference of two means; degrees of freedom rounded down."
+    a, b = (statistics.variance(x) / len(x) for x in (first, second))
+    degrees = (a + b) ** 2 / (a**2 / (len(first) - 1) + b**2 / (len(second) - 1))
+    return t_quantile(0.95, math.floor(degrees)) * math.sqrt(a + b)
+
+# %% ../nbs/12_answers.ipynb #ca6e94a2
+_LOSSES = [1.52, 1.55, 1.53, 1.56], [1.58, 1.61, 1.57, 1.63], [1.4, 1.9]
+
+# %% ../nbs/12_answers.ipynb #a396f732
+def _parted(x: list[float], correction: int = 1) -> float:
+    return statistics.pvariance(x) / (len(x) - correction)
+
+# %% ../nbs/12_answers.ipynb #d88a68d6
+PARTS["welch_half_width"] = Part("06_ablations", welch_half_width, {
+    "four seeds each": _call(first=_LOSSES[0], second=_LOSSES[1]),
+    "four seeds against two": _call(first=_LOSSES[0], second=_LOSSES[2]),
+    "two seeds against four": _call(first=_LOSSES[2], second=_LOSSES[1]),
+}, {
+    "the runs are taken for pairs": lambda a, b: t_quantile(0.95, min(len(a), len(b)) - 1) * math.sqrt(
+        _parted([x - y for x, y in zip(a, b, strict=False)])),
+    "the factor is that of infinitely many seeds, 1.96": lambda a, b: 1.96 * math.sqrt(_parted(a) + _parted(b)),
+    "the degrees of freedom are those of equal deviations, the runs less two": lambda a, b: t_quantile(
+        0.95, len(a) + len(b) - 2) * math.sqrt(_parted(a) + _parted(b)),
+    "the deviations divide by n, not by n - 1": lambda a, b: welch_half_width(a, b) * math.sqrt(
+        (_parted(a, 0) + _parted(b, 0)) / (_parted(a) + _parted(b))),
+    "the standard errors are added, not their squares": lambda a, b: welch_half_width(a, b) * (
+        math.sqrt(_parted(a)) + math.sqrt(_parted(b))) / math.sqrt(_parted(a) + _parted(b)),
+    "the deviations are not divided by the root of the number of seeds": lambda a, b: welch_half_width(a, b) * (
+        math.sqrt(statistics.variance(a) + statistics.variance(b)) / math.sqrt(_parted(a) + _parted(b))),
+})
+
 # %% ../nbs/12_answers.ipynb #c48aee5a
 def keep_min_p(probs: Tensor, share: float) -> Tensor:
     "Keep, in each row, the tokens at least `share` as probable as the most probable one; rows sum to 1 again."
@@ -263,6 +337,26 @@ PARTS["keep_min_p"] = Part("07_generate", keep_min_p, {
         p * (p >= share) / (p * (p >= share)).sum(-1, keepdim=True)),
     "the highest is that of all rows": lambda p, share: (
         p * (p >= share * p.max()) / (p * (p >= share * p.max())).sum(-1, keepdim=True)),
+})
+
+# %% ../nbs/12_answers.ipynb #792dafa8
+def entropy(probs: Tensor) -> Tensor:
+    "Find the entropy in nats of each distribution (..., V)."
+    return -torch.xlogy(probs, probs).sum(-1)
+
+# %% ../nbs/12_answers.ipynb #a49f1628
+PARTS["entropy"] = Part("07_generate", entropy, {
+    "four tokens, equally likely": _call(probs=torch.full((4,), 0.25)),
+    "two rows": _call(probs=_PROBS),
+    "a token that never comes": _without_gradient(_call(probs=torch.tensor([0.5, 0.5, 0.0]))),
+    "a single token": _without_gradient(_call(probs=torch.tensor([[0.0, 1.0]]))),
+}, {
+    "0 ln 0 must count as 0": lambda p: -(p * p.log()).sum(-1),
+    "the sign is missing": lambda p: -entropy(p),
+    "the logarithm has base 2": lambda p: entropy(p) / math.log(2),
+    "the surprises are averaged, not weighed by the probabilities": lambda p: -p.log().mean(-1),
+    "the sum is divided by V": lambda p: entropy(p) / p.shape[-1],
+    "all rows are summed": lambda p: entropy(p).sum(),
 })
 
 # %% ../nbs/12_answers.ipynb #03f9c508
@@ -291,6 +385,21 @@ PARTS["quantize_rows"] = Part("08_export", quantize_rows, {
         (w / (w.amax(-1) / 127).clamp(min=1e-30)[:, None]).round().to(torch.int8), w.amax(-1) / 127),
     "a row of zeros is divided by zero": lambda w: (
         (w / (w.abs().amax(-1) / 127)[:, None]).round().to(torch.int8), w.abs().amax(-1) / 127 + 0 / w.abs().amax(-1)),
+})
+
+# %% ../nbs/12_answers.ipynb #8e46bbb5
+def half_split_matrix(head_size: int) -> Tensor:
+    "Build the matrix (K, K) that takes feature 2i of a head to place i, and feature 2i + 1 to place i + K/2."
+    return torch.eye(head_size)[[*range(0, head_size, 2), *range(1, head_size, 2)]]
+
+# %% ../nbs/12_answers.ipynb #2f29254d
+PARTS["half_split_matrix"] = Part("08_export", half_split_matrix, {
+    f"a head of size {size}": _call(head_size=size) for size in (2, 4, 8)
+}, {
+    "it leads the other way: the matrix is transposed": lambda size: half_split_matrix(size).T,
+    "the odd features come first": lambda size: half_split_matrix(size).roll(size // 2, 0),
+    "neighbors change places": lambda size: torch.eye(size).unflatten(0, (-1, 2)).flip(1).flatten(0, 1),
+    "nothing changes its place": lambda size: torch.eye(size),
 })
 
 # %% ../nbs/12_answers.ipynb #2ca31cbc
