@@ -803,7 +803,9 @@ def test_the_command_judges_several_parts(capfd, file):
     ("ends", "it ends the program"),
     ("divides", "IndexError: list index out of range\n  line 45 of my.py: return x / 0 / [][0]"),
 ])
-def test_no_code_can_fake_a_pass(capfd, file, name, words):
+def test_no_code_can_fake_a_pass(capfd, file, monkeypatch, name, words):
+    if name in ("ends", "divides"):  # caught where the cases run, so no process of its own is needed
+        monkeypatch.setattr(book, "_in_child", in_this_process)
     code, said = told(capfd, f"softmax={file}:{name}", "--time_limit", 1)
     assert code == 1 and words in said and "agrees" not in said, said
 
