@@ -711,7 +711,7 @@ def test_pytorch_is_an_answer_in_whatever_wrapping(capsys):
 
 
 def test_a_folder_named_like_the_package_is_not_the_package():
-    code = compile("", f"{book._HERE.rstrip('/')}-mine/my.py", "exec")
+    code = compile("", f"{book._HERE[:-1]}-mine/my.py", "exec")
     assert not book._forbidden(book.PARTS["softmax"])(code)
     assert book._forbidden(book.PARTS["softmax"])(code.replace(co_filename=book._HERE + "my.py"))
 
