@@ -9,7 +9,7 @@ import torch
 
 from tinylm import check as book
 from tinylm import cli
-from tinylm.data import InputError
+from tinylm.data import InputError, fables
 
 # A student's correct answer, and for each mistake the edits (old, new) that make it.
 NORM = '''
@@ -37,6 +37,7 @@ NORM_MISTAKES = {
     "the root is missing": [("torch.sqrt", "")],
     "the squares are summed, not averaged": [(".mean(", ".sum(")],
     "the mean runs over all axes, not over the last": [("dim=-1, keepdim=True", "")],
+    "the mean runs over axis 1, not over the last": [("dim=-1", "dim=1")],
     "the mean lost its axis (keepdim=True)": [(", keepdim=True", "")],
     "half precision is not lifted to float32, so the squares overflow": [("x.to(torch.float32) if", "x if")],
     "the result is not turned back into the dtype of x": [
@@ -132,6 +133,8 @@ SOFTMAX_MISTAKES = {
     "the sum, or the maximum, lost its axis (keepdim=True)": [(SHIFT, "x.max(dim=dim).values")],
     "`max(dim)` gives a pair: take its `.values`": [(".values", "")],
     "the logarithm is taken too": [("return powers /", "return shifted - powers.sum(dim=dim, keepdim=True).log() #")],
+    "an epsilon is added to the sum, which is never below 1": [("keepdim=True)\n", "keepdim=True) + 1e-6)\n"),
+                                                               ("/ powers", "/ (powers")],
     "exp is missing": [("torch.exp(shifted)", "x")],
     "the input is changed in place": [("shifted = x -", "shifted = x; shifted -=")],
     "the result is float32 whatever the input is": [("shifted = x -", "x = x.float(); shifted = x -")],
@@ -152,12 +155,15 @@ ATTENTION_MISTAKES = {
     "the scores are divided by d_k, not by its root": [("math.sqrt(k.size(-1))", "k.size(-1)")],
     "the scores are divided by the root of the number of keys": [("k.size(-1)", "k.size(-2)")],
     "the scores are multiplied by sqrt(d_k), not divided": [("/ math", "* math")],
+    "`k.T` turns the axes of the batch around too: `k.transpose(-2, -1)`": [
+        ('torch.einsum("...qd,...kd->...qk", q, k)', "q @ k.permute(*range(k.dim())[::-1])")],
     "softmax runs over the queries, not over the keys": [("dim=-1", "dim=-2")],
     "there is no softmax": [("F.softmax(scores, dim=-1)", "scores")],
     "keys and values are exchanged": [("    scores = torch.ein", "    k, v = v, k\n    scores = torch.ein")],
     "the mask is inverted: True means may attend": [("where(mask", "where(~mask")],
     "the mask is inverted, so a row has nothing to attend: True means may attend": [
         ("where(mask", "where(~mask"), (ZERO, "")],
+    "the mask is changed in place": [("where(mask", "where(~mask.logical_not_()")],
     "the mask is ignored": [("mask is not None", "False")],
     "the mask is always causal": [
         ("    if mask is not",
@@ -171,6 +177,8 @@ ATTENTION_MISTAKES = {
         (ZERO, "    weights = weights if mask is None else weights * mask\n")],
     "the maximum is not subtracted in the softmax": [
         ("F.softmax(scores, dim=-1)", "scores.exp() / scores.exp().sum(-1, keepdim=True)"), (ZERO, "")],
+    "the result is float32 whatever the inputs are": [
+        ("    scores = torch.ein", "    q, k, v = q.float(), k.float(), v.float()\n    scores = torch.ein")],
     "a row of -inf alone gives NaN: set masked weights to 0 after the softmax": [(ZERO, "")],
     "a query without keys averages all values: set masked weights to 0 after the softmax": [('float("-inf")', "-1e30")],
 }
@@ -235,6 +243,8 @@ LOSS_MISTAKES = {
         ("sum(dim=-1)",
          "sum(dim=0)"), ("log_sum - right", "torch.gather(log_sum - logits, -1, targets.unsqueeze(-1))")],
     "the maximum is not subtracted first, so exp overflows": [("logits - m", "logits")],
+    "the maximum of the whole tensor is subtracted, not that of each row": [
+        ("logits.max(dim=-1, keepdim=True).values", "logits.max()")],
     "the maximum is subtracted in the sum, but not from the target's logit": [
         ("log_sum - right", "log_sum - right - m.squeeze(-1)")],
     "the logarithm of a softmax that has become 0": [
@@ -266,6 +276,8 @@ SCHEDULE_MISTAKES = {
         ("    done =", "    step = step - 1 if step > warmup_iters else step\n    done ="),
         ("step > cosine", "step > 1 + cosine")],
     "the decay is a straight line, not a cosine": [("(math.cos(done * math.pi) + 1) / 2", "(1 - done)")],
+    "pi is missing: the cosine takes radians": [
+        ("done * math.pi", "done"), ("step > cosine", "step >= cosine")],
     "it is a whole cosine, down and up again, not half of one": [
         ("math.pi", "2 * math.pi"), ("step > cosine", "step >= cosine")],
     "the factor 1/2 is missing": [("+ 1) / 2", "+ 1)")],
@@ -338,6 +350,8 @@ ADAMW_MISTAKES = {
     "the moments are forgotten between steps": [('"m": m, "v": v', "")],
     "the betas are exchanged": [("b1, b2 =", "b2, b1 =")],
     "the factor 1 - beta1 is missing": [("(1 - b1) * g", "g")],
+    "the factor 1 - beta2 is missing": [("(1 - b2) * g ** 2", "g ** 2")],
+    "the gradient is not squared for the second moment": [("g ** 2", "g")],
     "the second moment averages magnitudes, not squares": [("g ** 2", "g.abs()")],
     "the root of the second moment is missing": [("v_hat.sqrt()", "v_hat")],
     "it climbs: the sign of the update": [("p.data.sub_", "p.data.add_")],
@@ -573,9 +587,9 @@ def test_a_planted_mistake_is_named(name, words):
 @pytest.mark.parametrize("name", book.PARTS)
 def test_the_reference_passes_and_the_table_names_its_own_mistakes(name):
     part = book._find(name)[1]
-    assert book._complaint(name, part, part.reference, {}) is None
+    assert book._complaint(name, part, part.reference, trusted=True) is None
     for words, wrong in part.mistakes.items():
-        said = book._complaint(name, part, wrong, {})
+        said = book._complaint(name, part, wrong, trusted=True)
         assert said and f"likely mistake: {words}" in said, (words, said)
 
 
@@ -593,8 +607,31 @@ def test_an_empty_body_is_no_answer(name, body):
     assert "fill in" in said or "filled in" in said or "super().__init__()" in said, said
 
 
-def test_a_body_of_pass_returns_none():
-    assert "a `return` is missing" in complaint("softmax", lambda x, dim: None)
+RETURNS_NONE = {
+    "softmax": (SOFTMAX, "return powers", "powers", "case 1 of 11, three scores:\n  output"),
+    "clip_grad_norm": (CLIP, "    return total\n", "", "case 1 of 11, one long gradient:\n  the norm"),
+}
+
+
+@pytest.mark.parametrize("name", RETURNS_NONE)
+def test_a_missing_return_is_told(name):
+    source, old, new, place = RETURNS_NONE[name]
+    assert complaint(name, written(source, [(old, new)])) == (
+        f"{name} differs in {place} is None: a `return` is missing, or the body is still to be filled in")
+
+
+def test_a_parameter_of_another_name_is_told():
+    assert complaint("RMSNorm", written(NORM, [("self.weight", "self.g")])) == (
+        "RMSNorm differs in case 1 of 8, one vector:\n"
+        "  the list of parameters has 'g', which must be called 'weight'")
+
+
+def test_a_detour_through_less_precision_is_told():
+    said = complaint("attention", written(ATTENTION, [
+        ("    scores = torch.ein",
+         "    kind = v.dtype\n    q, k, v = q.float(), k.float(), v.float()\n    scores = torch.ein"),
+        ('weights, v)', 'weights, v).to(kind)')]))
+    assert "float64 stays float64" in said and "output" in said
 
 
 # Whatever it is called and however it is wrapped, the book's own part is no answer.
@@ -626,8 +663,35 @@ class answer(nn.Module):
                          "    return train_bpe_naive(open(path, encoding='utf-8').read(), size, special)"),
     "without the watch": ("softmax", "import sys\nfrom tinylm.layers import softmax\ndef answer(x, dim):\n"
                           "    sys.setprofile(None)\n    return softmax(x, dim)"),
-    "PyTorch's own": ("softmax", "answer = torch.softmax"),
-    "PyTorch's own class": ("RMSNorm", "answer = nn.RMSNorm"),
+    "the watch switched off for a while": ("softmax", """import sys
+from tinylm.layers import softmax
+def answer(x, dim):
+    watch = sys.getprofile()
+    sys.setprofile(None)
+    y = softmax(x, dim)
+    sys.setprofile(watch)
+    return y"""),
+    "in a thread": ("softmax", """import threading
+from tinylm.layers import softmax
+def answer(x, dim):
+    out = []
+    thread = threading.Thread(target=lambda: out.append(softmax(x, dim)))
+    thread.start()
+    thread.join()
+    return out[0]"""),
+    "a copy of its code": ("softmax", """import types, tinylm.layers as L
+code = L.softmax.__code__.replace(co_name="mine")
+answer = types.FunctionType(code, globals())"""),
+    "the table's tokenizer": ("Tokenizer", "from tinylm import check\nclass answer(check._PlainTokenizer): pass"),
+    "the table's optimizer": ("AdamW", "from tinylm import check\nclass answer(check._PlainAdamW): pass"),
+    "the table's trainer": ("train_bpe", "from tinylm import check\nanswer = lambda *rest: check._trainer()(*rest)"),
+    "the table's clipping": ("clip_grad_norm", "from tinylm import check\nanswer = check._clipping()"),
+    "the table's attention": ("attention", "from tinylm import check\nmine = check._attention()\n"
+                              "answer = lambda q, k, v, mask=None: mine(q, k, v, mask).nan_to_num()"),
+    "the table's loss": ("cross_entropy", "from tinylm import check\nanswer = lambda x, t: check._nll(x, t).mean()"),
+    "a part of a larger one": ("attention", "from tinylm.model import attention_weights\n"
+                               "answer = lambda q, k, v, mask=None: attention_weights(q, k, mask) @ v"),
+    "an exercise's answer": ("layer_norm", "from tinylm import answers\nanswer = lambda x: answers.layer_norm(x)"),
 }
 
 
@@ -636,13 +700,30 @@ def test_the_book_is_no_answer(how):
     name, source = WRAPPED[how]
     module = types.ModuleType("student")
     exec(HEAD + source, vars(module))
-    assert re.search("write (one|that) yourself", complaint(name, module.answer))
+    said = complaint(name, module.answer)
+    assert re.search(r"the answer runs the book's own code \(\w.*\); write that yourself", said), said
+
+
+def test_pytorch_is_an_answer_in_whatever_wrapping(capsys):
+    book.check("softmax", torch.softmax)
+    book.check("softmax", lambda x, dim: torch.softmax(x, dim))
+    assert capsys.readouterr().out.count("agrees") == 2
+
+
+def test_a_folder_named_like_the_package_is_not_the_package():
+    code = compile("", f"{book._HERE[:-1]}-mine/my.py", "exec")
+    assert not book._forbidden(book.PARTS["softmax"])(code)
+    assert book._forbidden(book.PARTS["softmax"])(code.replace(co_filename=book._HERE + "my.py"))
 
 
 def test_other_parts_of_the_book_may_be_used():
     source = SWIGLU.replace("lambda a, b: nn.Linear(a, b, bias=False)", "__import__('tinylm.layers').layers.Linear")
     assert source != SWIGLU
     book.check("SwiGLU", written(source))
+    book.check("layer_norm", written("""
+def my_norm(x):
+    from tinylm.layers import rms_norm
+    return rms_norm(x - x.mean(-1, keepdim=True), torch.ones(x.shape[-1]))"""))
 
 
 def test_what_is_random_is_told():
@@ -722,7 +803,9 @@ def test_the_command_judges_several_parts(capfd, file):
     ("ends", "it ends the program"),
     ("divides", "IndexError: list index out of range\n  line 45 of my.py: return x / 0 / [][0]"),
 ])
-def test_no_code_can_fake_a_pass(capfd, file, name, words):
+def test_no_code_can_fake_a_pass(capfd, file, monkeypatch, name, words):
+    if name in ("ends", "divides"):  # caught where the cases run, so no process of its own is needed
+        monkeypatch.setattr(book, "_in_child", in_this_process)
     code, said = told(capfd, f"softmax={file}:{name}", "--time_limit", 1)
     assert code == 1 and words in said and "agrees" not in said, said
 
@@ -767,7 +850,8 @@ SMALL = dict(vocab_size=300, context_length=16, d_model=16, num_heads=2, d_ff=32
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_training_uses_the_answer_and_loses_nothing(name):
+def test_training_uses_the_answer_and_loses_nothing(name, monkeypatch):
+    monkeypatch.setattr(book, "fables", lambda num_stories, seed: fables(20, seed))
     config = replace(book.tinylm.train.PRESETS["debug"], **SMALL)
     answer, calls = written(STUDENTS[name][0]), set()
     own = {id(code) for code in book._code(answer)}

@@ -1,7 +1,9 @@
 """Export: each format read by its real reader, what cannot be said refused, nothing half-written."""
+import ast
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CHAPTERS, ROOT
 from safetensors.torch import load_file, save_file
 
 from tinylm import cli, export
@@ -105,28 +108,50 @@ def test_hugging_face_takes_another_theta_and_a_tokenizer_without_special_tokens
 # --- the way in
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    "A folder that transformers wrote, in bfloat16 and in two files."
+def llama_folder(folder: Path, **settings) -> Path:
+    "A folder that transformers wrote, in bfloat16 and in several files."
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=120, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=40, rms_norm_eps=1e-3, rope_parameters={"rope_type": "default", "rope_theta": 777.0})
-    folder = tmp_path_factory.mktemp("llama") / "hf"
+        max_position_embeddings=40, rms_norm_eps=1e-3, rope_parameters={"rope_type": "default", "rope_theta": 777.0},
+        **settings)
     transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     return folder
 
 
-def test_a_folder_of_others_gives_the_same_logits(llama):
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return llama_folder(tmp_path_factory.mktemp("llama") / "hf")
+
+
+def assert_same_logits(folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.randint(120, (3, 40), generator=torch.Generator().manual_seed(2))
-    ours = export.from_hf(llama)
+    ours = export.from_hf(folder)
     assert ours.config.rope_theta == 777 and ours.config.context_length == 40
     with torch.inference_mode():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_folder_of_others_gives_the_same_logits(llama):
+    assert_same_logits(llama)
+
+
+def test_a_head_tied_to_the_embedding_is_filled_with_it(tmp_path):
+    folder = llama_folder(tmp_path / "hf", tie_word_embeddings=True)
+    assert not any("lm_head.weight" in load_file(file) for file in folder.glob("*.safetensors"))
+    assert_same_logits(folder)
+    model = export.from_hf(folder)
+    assert torch.equal(model.lm_head.weight, model.token_embeddings.weight)
+    assert model.lm_head.weight.data_ptr() != model.token_embeddings.weight.data_ptr()
+    for file in folder.glob("*.safetensors"):
+        if "model.embed_tokens.weight" in load_file(file):
+            file.unlink()
+    with pytest.raises(InputError, match="model.embed_tokens.weight has shape None"):
+        export.from_hf(folder)
 
 
 def test_out_and_in_again_is_bit_equal(run, model, tmp_path):
@@ -139,7 +164,7 @@ def test_out_and_in_again_is_bit_equal(run, model, tmp_path):
 REFUSED = [
     ({"model_type": "mistral"}, "model_type"), ({"hidden_act": "gelu"}, "hidden_act"),
     ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"), ({"head_dim": 16}, "head_dim"),
-    ({"tie_word_embeddings": True}, "tie_word_embeddings"), ({"num_key_value_heads": 2}, "num_key_value_heads"),
+    ({"num_key_value_heads": 2}, "num_key_value_heads is 2.*only be built for 4: query heads share keys"),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type"),
     ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type"),
     ({"hidden_size": None}, "not the description"), ({"vocab_size": 121}, "lm_head.weight has shape"),
@@ -496,3 +521,27 @@ def test_the_real_llama2c_writes_our_greedy_text(llama2c, tokenizer, model):
     ids = generate(model, [1], 40, temperature=0, stop_id=1)
     expected = b"".join(tokenizer.vocab.get(i, b"[PAD%d]" % i) for i in ids)
     assert done.stdout.rstrip() == expected.replace(b"\x00", b"").rstrip()
+
+
+# --- the chapters open with what tinylm itself needs
+
+
+GUARDED = re.compile(r"^%pip install .*", re.MULTILINE)
+
+
+def imported(notebook: dict) -> set[str]:
+    "Packages that a chapter imports outside of any `try` or `if`."
+    sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    nodes = [node for source in sources for node in ast.parse(re.sub("(?m)^[%!].*", "", source)).body]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_imports_what_tinylm_needs_or_installs_the_rest(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    needs = re.search("^requirements = (.*)", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    needs += " ".join(GUARDED.findall("\n".join("".join(cell["source"]) for cell in notebook["cells"])))
+    brought = {"tinylm", "IPython", *re.findall(r"[A-Za-z]\w*", needs)}  # a notebook never comes without IPython
+    assert imported(notebook) <= brought, "put it into requirements, behind `try`, or into a line of %pip"

@@ -184,15 +184,15 @@ def _check_hf(config: dict[str, Any], path: Path) -> None:
         ("mlp_bias", config.get("mlp_bias", False), False),
         ("head_dim", config.get("head_dim") or config["hidden_size"] // heads, config["hidden_size"] // heads),
         ("rope_type", scaling.get("rope_type") or scaling.get("type") or "default", "default"),
-        ("tie_word_embeddings", config.get("tie_word_embeddings", False), False),
         ("num_key_value_heads", config.get("num_key_value_heads") or heads, heads),
     ]:
         if found != needed:
-            raise InputError(f"{path}: {field} is {found!r}, and TransformerLM can only be built for {needed!r}")
+            why = ": query heads share keys, and here each has its own" if field == "num_key_value_heads" else ""
+            raise InputError(f"{path}: {field} is {found!r}, and TransformerLM can only be built for {needed!r}{why}")
 
 # %% ../nbs/08_export.ipynb #b3da719a
-def _read_hf_config(path: Path) -> tuple[ModelConfig, float]:
-    "Say a LlamaConfig in our words; return the epsilon of its norms too."
+def _read_hf_config(path: Path) -> tuple[ModelConfig, float, bool]:
+    "Say a LlamaConfig in our words; return the epsilon of its norms too, and whether the head is the embedding."
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         _check_hf(config, path)
@@ -201,7 +201,7 @@ def _read_hf_config(path: Path) -> tuple[ModelConfig, float]:
             vocab_size=config["vocab_size"], context_length=config["max_position_embeddings"],
             d_model=config["hidden_size"], num_layers=config["num_hidden_layers"],
             num_heads=config["num_attention_heads"], d_ff=config["intermediate_size"], rope_theta=float(theta),
-        ), config["rms_norm_eps"]  # fmt: skip
+        ), config["rms_norm_eps"], config.get("tie_word_embeddings", False)  # fmt: skip
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -225,10 +225,15 @@ def from_hf(
 ) -> TransformerLM:  # float32, with the same logits
     """Load a Llama-architecture checkpoint of Hugging Face; its tokenizer is read by `Tokenizer.load(folder)`.
 
+    A head that is tied to the embedding becomes a copy of it.
+
     Raises InputError for anything that TransformerLM could not compute alike."""
-    config, eps = _read_hf_config(Path(folder) / "config.json")
+    config, eps, is_tied = _read_hf_config(Path(folder) / "config.json")
     model, found = TransformerLM(config), _read_hf_weights(Path(folder))
     expected = {name: (_translate(name, _HF), weight) for name, weight in model.state_dict().items()}
+    if is_tied:  # the file holds the matrix once, or the same one twice
+        expected["lm_head.weight"] = (expected["token_embeddings.weight"][0], model.lm_head.weight.data)
+        found.pop("lm_head.weight", None)
     shapes = {theirs: tuple(weight.shape) for theirs, weight in expected.values()}
     for name in sorted(found.keys() | shapes.keys()):
         shape = tuple(found[name].shape) if name in found else None
