@@ -176,7 +176,7 @@ def _tokenize(argv: Sequence[str]) -> int:
 
     from tinylm.train import PRESETS, prepare
 
-    began = time.perf_counter()
+    began, before = time.perf_counter(), peak_memory()
     tokenizer, *files = prepare(replace(PRESETS["laptop"], **vars(options)))
     seconds, peak = time.perf_counter() - began, peak_memory()
     lengths = np.array([len(tokenizer.vocab[i]) for i in range(tokenizer.vocab_size)])
@@ -188,7 +188,8 @@ def _tokenize(argv: Sequence[str]) -> int:
     longest = sorted(words, key=len, reverse=True)[:8]
     print("longest tokens:", ", ".join(repr(t.decode("utf-8", "replace")) for t in longest))
     print(f"{tokenizer.vocab_size:,} token ids; fingerprint {tokenizer.fingerprint[:12]}")
-    print(f"{seconds:.1f} seconds; peak memory {_size(peak) if peak else 'not counted on this system'}")
+    memory = f"{_size(peak)}, {_size(before)} of it before the first byte was read" if peak and before else "not counted"
+    print(f"{seconds:.1f} seconds; peak memory {memory}")
     return 0
 
 # %% ../nbs/10_cli.ipynb #169c94dc
@@ -414,7 +415,7 @@ class CheckOptions:
 
     NAME=FILE takes the object called NAME from the file. NAME alone prints a stub to fill in."""
 
-    train: bool = False  # also train the debug preset with and without your parts; draw both curves beside your file
+    train: bool = False  # also train a small model with and without your parts; draw both curves beside your file
     time_limit: float = 30.0  # seconds that one case, or one training step, may take
 
 # %% ../nbs/10_cli.ipynb #6523e190
