@@ -188,7 +188,7 @@ def _tokenize(argv: Sequence[str]) -> int:
     longest = sorted(words, key=len, reverse=True)[:8]
     print("longest tokens:", ", ".join(repr(t.decode("utf-8", "replace")) for t in longest))
     print(f"{tokenizer.vocab_size:,} token ids; fingerprint {tokenizer.fingerprint[:12]}")
-    memory = f"{_size(peak)}, {_size(before)} of it before the first byte was read" if peak and before else "not counted"
+    memory = f"{_size(peak)}, {_size(before)} of it before any text was read" if peak and before else "not counted"
     print(f"{seconds:.1f} seconds; peak memory {memory}")
     return 0
 
