@@ -60,8 +60,31 @@ def mixes_imports(tree: ast.Module) -> bool:
     return any(imports) and not all(i or s for i, s in zip(imports, settings, strict=True))
 
 
-def names_in(node: ast.AST) -> set[str]:
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+def unexplained(node: ast.stmt, source: str, prose: str) -> list[str]:
+    "What an exported statement defines for others without a word: a docstring, or for a constant a comment or prose."
+    def public(name: str) -> bool:
+        return not name.startswith("_")
+
+    if isinstance(node, ast.FunctionDef | ast.ClassDef) and public(node.name):
+        methods = [n for n in node.body if isinstance(n, ast.FunctionDef) and public(n.name)]
+        named = [(node.name, node), *((f"{node.name}.{n.name}", n) for n in methods * isinstance(node, ast.ClassDef))]
+        return [f"{name} has no docstring" for name, n in named if not ast.get_docstring(n)]
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        comments = "#" in "\n".join(source.splitlines()[node.lineno - 1:node.end_lineno]).replace("# fmt:", "")
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        names = [n.id for n in targets if isinstance(n, ast.Name) and public(n.id)]
+        return [f"{name} is explained by no comment and no prose" for name in names
+                if not comments and f"`{name}`" not in prose]
+    return []
+
+
+def wants_output(source: str, tree: ast.Module) -> bool:
+    "Whether a cell draws, prints or ends with a value; calls that may give nothing are not told from others."
+    run = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    calls = {ast.unparse(n.func) for node in run for n in ast.walk(node) if isinstance(n, ast.Call)}
+    last = tree.body[-1] if tree.body and not source.rstrip().endswith(";") else None
+    value = isinstance(last, ast.Expr) and not isinstance(last.value, ast.Call | ast.Constant)
+    return value or source.startswith("#| fig-alt") or bool(calls & {"print", "display", "Markdown"})
 
 
 def lesson_faults(name: str, later: list[tuple[ast.Module, bool]]) -> list[str]:
@@ -139,12 +162,13 @@ def check(path: Path) -> tuple[dict[str, float], list[str]]:
         if mixes_imports(tree):
             faults.append(f"{where}: imports mixed with other code")
         for node in tree.body if exported else []:
+            faults += [f"{where}: {fault}" for fault in unexplained(node, source, text)]
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 defined.append((node.name, len(lessons)))
-                if not ast.get_docstring(node):
-                    faults.append(f"{where}: {node.name} has no docstring")
         if not exported:
             lessons.append((tree, bool(cell["outputs"])))
+            if wants_output(source, tree) and not cell["outputs"]:
+                faults.append(f"{where}: shows something, and no output is stored: {source.splitlines()[-1][:50]}")
         faults += output_faults(cell, where)
         pictures += sum("image/png" in o.get("data", {}) for o in cell["outputs"])
     for name, after in defined:

@@ -47,6 +47,8 @@ def test_a_table_with_names_counts_as_one_line_and_a_shorter_one_does_not():
 
 def test_good_lesson_passes(tmp_path):
     assert faults_of(LESSON, tmp_path) == []
+    for constant in ("#| export\nTWICE = 2  # times", "#| export\n_TWICE = 2"):
+        assert faults_of([*LESSON[:-1], cell("code", constant), LESSON[-1]], tmp_path) == []
 
 
 @pytest.mark.parametrize("number, source, outputs, fault", [
@@ -54,6 +56,8 @@ def test_good_lesson_passes(tmp_path):
     (2, "import math\ny = 1", None, "imports mixed"),
     (2, "import math as", None, "invalid syntax"),
     (4, "#| exports\ndef double(x):\n    return 2 * x", None, "no docstring"),
+    (4, '#| exports\nclass Pair:\n    "Two."\n    def one(self):\n        return 1', None, "Pair.one has no docstring"),
+    (4, "#| export\nTWICE = 2  # fmt: skip", None, "TWICE is explained by no comment"),
     (4, '#| exports\ndef double(x):\n    "Double a number."\n' + "    x = x\n" * 31, None, "lines of code"),
     (5, "y = 4\ny", None, "never shown"),
     (6, "y = 4\nassert y == 4", None, "never asserted"),
@@ -62,6 +66,9 @@ def test_good_lesson_passes(tmp_path):
     (5, "y = double(2)\ny", [result(text_plain="4\n" * 50)], "an output of 50 lines"),
     (5, "y = double(2)\ny", [result(text_plain="9/9 [00:01, 9.0it/s]")], "progress bar"),
     (5, "y = double(2)\ny", [{"output_type": "error"}, result(text_plain="4")], "an error"),
+    (5, "for i in range(y):\n    print(i)", [], "no output is stored"),
+    (5, "y = double(2)\ny", [], "no output is stored"),
+    (7, '#| fig-alt: "a line"\nplot(y);', [], "no output is stored"),
     (7, "plot(y);", None, "fig-alt"),
     (7, '#| fig-alt: "a line"\nplot(y);', [result(image_png="A" * 100_000)], "a picture of 75 kB"),
     (8, "## What we learned\n\n- To double.", None, "does not close"),
@@ -70,7 +77,7 @@ def test_good_lesson_passes(tmp_path):
 def test_planted_fault_is_seen(tmp_path, number, source, outputs, fault):
     cells = copy.deepcopy(LESSON)
     cells[number]["source"] = source
-    if outputs:
+    if outputs is not None:
         cells[number]["outputs"] = outputs
     faults = faults_of(cells, tmp_path)
     assert any(fault in f for f in faults), faults
