@@ -222,7 +222,7 @@ class _Rule(NamedTuple):
     options: list[list[tuple]]  # the steps that tell each option
 
 
-Grammar = dict[str, _Rule]
+Grammar = dict[str, _Rule]  # the name of a rule -> the rule
 
 
 def _compile(text: str) -> Grammar:
