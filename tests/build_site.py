@@ -1,7 +1,9 @@
 """Build the site into _docs: with Quarto where it is on PATH, else with a stand-in, so that it can be read and tested.
 
 The stand-in is smalldocs (pure Python, from PyPI). It reads _quarto.yml, but runs no notebook filter, compiles no Sass
-and leaves maths to a CDN. So it gets a copy of the project with filtered notebooks, and what it built is mended after.
+and leaves maths and the themes' fonts to a CDN. So it gets a copy of the project with filtered notebooks, and what it
+built is mended after, only where _quarto.yml tells Quarto the same: a setting that is lost there leaves the request in
+the stand-in too, where the test in the browser sees it.
 """
 import html
 import os
@@ -49,29 +51,36 @@ def stand_in(root: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory() as tmp:
         copy = copy_project(root, Path(tmp))
         config = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))
-        del config["execute"], config["ipynb-filters"], config["format"]["html"]["html-math-method"]
         theme = config["format"]["html"]["theme"]
+        mathml = config["format"]["html"].pop("html-math-method", None) == "mathml"
+        own_fonts = all(sets_own_fonts(root / names[-1]) for names in theme.values())
         config["format"]["html"]["theme"] = {mode: names[0] for mode, names in theme.items()}
+        del config["execute"], config["ipynb-filters"]
         (copy / "_quarto.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
         subprocess.run([sys.executable, "-c", FILTER_ALL], cwd=copy / "nbs", check=True)
         subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", str(copy)], check=True)
-        mend(copy / "_docs")
+        mend(copy / "_docs", mathml, own_fonts)
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(copy / "_docs", out)
 
 
-def mend(site: Path) -> None:
-    "Do what Quarto does by itself: maths as MathML, nothing from a CDN."
-    def mathml(found: re.Match) -> str:
+def sets_own_fonts(scss: Path) -> bool:
+    "Whether a Sass file keeps the theme that it stands behind from fetching fonts."
+    return scss.suffix == ".scss" and "\n$web-font-path: false;" in scss.read_text(encoding="utf-8")
+
+
+def mend(site: Path, mathml: bool, own_fonts: bool) -> None:
+    "Do what Quarto does when _quarto.yml asks for it: maths as MathML, themes without fonts from a CDN."
+    def convert_formula(found: re.Match) -> str:
         return convert(html.unescape(found[2]), display="block" if found[1] == "[" else "inline")
 
-    for path in site.rglob("*.html"):
+    for path in site.rglob("*.html") if mathml else ():
         text = path.read_text(encoding="utf-8")
-        text = re.sub(r"\\([(\[])(.+?)\\[)\]](?=</span>)", mathml, text, flags=re.DOTALL)
+        text = re.sub(r"\\([(\[])(.+?)\\[)\]](?=</span>)", convert_formula, text, flags=re.DOTALL)
         text = re.sub(r'<link [^>]*katex[^>]*>|<script [^>]*katex[^>]*></script>', "", text)
         path.write_text(text, encoding="utf-8")
-    for path in site.rglob("*.css"):
-        text = re.sub(r"@import url\(https:[^)]*\);?", "", path.read_text(encoding="utf-8"))
+    for path in site.rglob("*.css") if own_fonts else ():
+        text = re.sub(r"@import url\(https://fonts\.[^)]*\);?", "", path.read_text(encoding="utf-8"))
         path.write_text(text, encoding="utf-8")
     with (site / "site_libs/smalldocs.css").open("a", encoding="utf-8") as css:
         css.write(".sidebar-title a { color: inherit; }\n")  # else black on black

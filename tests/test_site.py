@@ -13,7 +13,7 @@ from urllib.parse import unquote, urldefrag
 
 import pytest
 import yaml
-from build_site import build, copy_project
+from build_site import build, copy_project, mend, sets_own_fonts
 from conftest import CHAPTERS, ROOT, served
 
 HOME = "https://tinylm.github.io/tinylm/"
@@ -162,37 +162,77 @@ def test_every_public_name_is_documented(site):
                 assert "<table" in found[2], f"{path.name}: {name} without a table of its parameters"
 
 
+def show_sidebar(page):
+    page.wait_for_selector("#quarto-sidebar", state="attached")
+    if page.is_visible(".quarto-btn-toggle"):  # on a phone
+        page.click(".quarto-btn-toggle")
+
+
+def go_by_sidebar(page, path: Path):
+    show_sidebar(page)
+    page.click(f"#quarto-sidebar a.sidebar-link[href$='{path.stem}.html']")
+    page.wait_for_url(f"**/{path.stem}.html")
+
+
+def go_by_search(page, path: Path):
+    "Search for the title of a chapter, and follow what is found."
+    show_sidebar(page)
+    if not page.is_visible("#quarto-search input"):  # Quarto may show a button that opens the search
+        page.click("#quarto-search button")
+    title = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"][0].strip("# \n")
+    page.fill("#quarto-search input, .aa-Input", title)
+    page.click(f":is(.smalldocs-search-results, .aa-Panel) a[href*='{path.stem}.html'] >> nth=0")
+    page.wait_for_url(f"**/{path.stem}.html*")
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_sidebar_and_search_lead_to_every_chapter_and_all_is_well_there(site, browser, size):
     width, height = SIZES[size]
     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=SCHEMES[size])
     faults = watched(page)
 
-    def show_sidebar():
-        page.wait_for_selector("#quarto-sidebar", state="attached")
-        if size == "phone":
-            page.click(".quarto-btn-toggle")
-
-    def search(words):
-        show_sidebar()
-        if not page.is_visible("#quarto-search input"):  # Quarto may show a button that opens the search
-            page.click("#quarto-search button")
-        page.fill("#quarto-search input, .aa-Input", words)
-
     with served(site) as address:
         page.goto(address)  # index.html, which leads to README.html
         page.wait_for_url("**/README.html")
         assert seen_faults(page) == []
         for path, other in zip(CHAPTERS, CHAPTERS[7:] + CHAPTERS[:7], strict=True):  # each once in both ways
-            show_sidebar()
-            page.click(f"#quarto-sidebar a.sidebar-link[href$='{path.stem}.html']")
-            page.wait_for_url(f"**/{path.stem}.html")
+            go_by_sidebar(page, path)
             assert faults + seen_faults(page) == [], path.name
-            search(json.loads(other.read_text(encoding="utf-8"))["cells"][0]["source"][0].strip("# \n"))
-            page.click(f":is(.smalldocs-search-results, .aa-Panel) a[href*='{other.stem}.html'] >> nth=0")
-            page.wait_for_url(f"**/{other.stem}.html*")
+            go_by_search(page, other)
     page.close()
     assert faults == []
+
+
+@pytest.mark.parametrize("go", [go_by_sidebar, go_by_search])
+def test_a_chapter_that_sidebar_or_search_lacks_is_seen(site, browser, go):
+    lost = CHAPTERS[3]
+    index = [row for row in json.loads((site / "search.json").read_text("utf-8")) if lost.stem not in row["href"]]
+    page = browser.new_page()
+    page.set_default_timeout(2000)
+    page.route("**/search.json", lambda route: route.fulfill(json=index))
+    with served(site) as address:
+        page.goto(f"{address}nbs/{CHAPTERS[5].stem}.html")
+        go(page, CHAPTERS[4])
+        page.eval_on_selector_all(f"#quarto-sidebar a[href$='{lost.stem}.html']", "all => all.forEach(e => e.remove())")
+        with pytest.raises(Exception, match="Timeout 2000ms"):
+            go(page, lost)
+    page.close()
+
+
+def test_a_setting_that_is_lost_leaves_its_request_in_the_stand_in(tmp_path):
+    formula = r'<script src="https://cdn/katex.js"></script><span class="math">\(x\)</span>'
+    fonts = "@import url(https://fonts.googleapis.com/css2?family=X);"
+    (tmp_path / "site_libs").mkdir()
+    css, html = tmp_path / "site_libs/smalldocs.css", tmp_path / "page.html"
+    css.write_text(fonts, encoding="utf-8")
+    html.write_text(formula, encoding="utf-8")
+    mend(tmp_path, mathml=False, own_fonts=False)
+    assert fonts in css.read_text("utf-8") and html.read_text("utf-8") == formula
+    mend(tmp_path, mathml=True, own_fonts=True)
+    assert "https:" not in css.read_text("utf-8") + html.read_text("utf-8").replace("http://www.w3.org", "")
+    planted = tmp_path / "planted.scss"
+    planted.write_text("/*-- scss:defaults --*/\n", encoding="utf-8")
+    assert sets_own_fonts(ROOT / "nbs/_site.scss") and not sets_own_fonts(planted) and not sets_own_fonts(Path("cosmo"))
 
 
 def test_planted_faults_are_seen(tmp_path, browser):
