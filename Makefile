@@ -27,9 +27,10 @@ help:  ## list the targets
 demo: .venv/run  ## from nothing to a told story in under three minutes
 	$(BIN)/tinylm train
 
+test: export OMP_NUM_THREADS := 1  # two workers, a core each
 test: .venv/dev  ## run every notebook and every test
 	$(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: .venv/dev  ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab nbs

@@ -1,16 +1,23 @@
-"""What several tests share: the chapters, a tiny run, a browser, a web server on this machine."""
+"""What several tests share: the chapters, a tiny run, a browser, a web server on this machine, bare environments."""
+import configparser
 import functools
 import http.server
 import json
+import os
 import re
 import shutil
+import sysconfig
 import threading
+import venv
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; more threads than cores wait by spinning
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = re.compile(r"^#\| *(slow|eval: *false)", re.MULTILINE)  # see tst_flags in settings.ini
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -66,6 +73,37 @@ def served(folder: Path):
         server.shutdown()
 
 
+def requirements() -> list[str]:
+    "What settings.ini says that tinylm needs to run."
+    config = configparser.ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]["requirements"].split()
+
+
+def with_what_they_require(names: list[str]) -> set[str]:
+    "The names of these distributions, and of all that they need to run here."
+    found, waiting = set(), list(names)
+    while waiting:
+        need = Requirement(waiting.pop())
+        if need.name not in found and (need.marker is None or need.marker.evaluate({"extra": ""})):
+            found.add(need.name)
+            waiting += distribution(need.name).requires or []
+    return found
+
+
+def environment(folder: Path, *more: str) -> tuple[str, Path]:
+    """Make a Python with what settings.ini requires, and `more`, and nothing else; returns it and its site-packages.
+
+    They are links to the packages of this environment: nothing is downloaded, and pip does not decide on versions."""
+    venv.create(folder, with_pip=False, symlinks=os.name != "nt")
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    for name in with_what_they_require([*requirements(), *more]):
+        for top in {file.parts[0] for file in distribution(name).files} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(distribution(name).locate_file(top)))
+    return shutil.which("python", path=sysconfig.get_path("scripts", vars={"base": str(folder)})), site
+
+
 def runnable_copy(path: Path, folder: Path, counted: bool = False) -> Path:
     """Copy a chapter without the cells that nbdev_test leaves out, so that other tools can run it; `counted` gives back
     the execution counts that nbdev_clean strips, since nbval wants them."""
@@ -77,7 +115,8 @@ def runnable_copy(path: Path, folder: Path, counted: bool = False) -> Path:
             if output["output_type"] == "execute_result":
                 output["execution_count"] = cell["execution_count"]
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(ROOT / "data/results", folder.parent / "data/results", dirs_exist_ok=True)  # what chapters read
+    if not (folder.parent / "data").exists():  # what chapters read
+        shutil.copytree(ROOT / "data/results", folder.parent / "data/results")
     copy = folder / path.name
     copy.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
     return copy

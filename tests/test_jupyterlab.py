@@ -1,9 +1,14 @@
-"""Real JupyterLab in a real browser opens every chapter and runs all of it, as a student will."""
+"""Real JupyterLab in a real browser opens every chapter and runs all of it, as a student will.
+
+The kernel has what `pip install tinylm` brings and what the chapter's own `%pip install` line names, and no development
+tools: a chapter opened alone must run there.
+"""
 import contextlib
 import json
 import os
 import re
 import secrets
+import shlex
 import socket
 import subprocess
 import sys
@@ -13,7 +18,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import CHAPTERS, runnable_copy
+from conftest import CHAPTERS, ROOT, environment, runnable_copy
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
@@ -21,15 +26,38 @@ SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # else only the cells in sight are on the page
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
+FREE_MEMORY = ["--MappingKernelManager.cull_idle_timeout=60", "--MappingKernelManager.cull_interval=10"]  # closed pages
 PATIENCE = 240  # seconds for a chapter on two slow cores, others running beside it
 PROMPTS = "Array.from(document.querySelectorAll('.jp-CodeCell .jp-InputPrompt'), e => e.innerText)"
 PICTURES = "Array.from(document.querySelectorAll('.jp-OutputArea-output img')).filter(e => e.naturalWidth > 0).length"
+
+
+def make_kernel(root: Path, name: str, *more: str):
+    "Give the JupyterLab in `root` a kernel with tinylm, what it requires, and `more`."
+    python, site = environment(root / f".environments/{name}", "ipykernel", *more)
+    (site / "tinylm").symlink_to(ROOT / "tinylm")
+    spec = KERNEL | {"argv": [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]}
+    (root / f".jupyter/kernels/{name}").mkdir(parents=True)
+    (root / f".jupyter/kernels/{name}/kernel.json").write_text(json.dumps(spec), encoding="utf-8")
+
+
+def copy_with_kernel(path: Path, root: Path) -> Path:
+    "Copy a chapter; if it has a line that installs packages, it gets a kernel of its own that has them."
+    copy = runnable_copy(path, root)
+    notebook = nbformat.read(path, 4)
+    if found := re.search(r"^%pip install (.*)$", "\n".join(cell.source for cell in notebook.cells), re.MULTILINE):
+        make_kernel(root, path.stem, *(word for word in shlex.split(found[1]) if not word.startswith("-")))
+        notebook = nbformat.read(copy, 4)
+        notebook.metadata.kernelspec = KERNEL | {"name": path.stem}
+        nbformat.write(notebook, copy)
+    return copy
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     "JupyterLab on a folder: the folder, and a function from a notebook's name to its address."
     root = tmp_path_factory.mktemp("lab")
+    make_kernel(root, "python3")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -39,10 +67,10 @@ def lab(tmp_path_factory):
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(settings), encoding="utf-8")
     env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(root / ".settings"), "JUPYTER_CONFIG_DIR": str(root / ".config"),
-                        "OMP_NUM_THREADS": "1", "IN_TEST": "1"}
+                        "JUPYTER_PATH": str(root / ".jupyter"), "IN_TEST": "1"}
     server = subprocess.Popen(
         [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-         f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}"],
+         f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}", *FREE_MEMORY],
         env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(120):
@@ -57,9 +85,9 @@ def lab(tmp_path_factory):
         server.wait(20)
 
 
-def start(browser, address: str):
+def start(context, address: str):
     "Open a notebook in a tab of its own and choose Run > Run All Cells."
-    page = browser.new_context(viewport={"width": 1300, "height": 900}).new_page()
+    page = context.new_page()
     page.goto(address)
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
     page.wait_for_timeout(1500)
@@ -100,31 +128,33 @@ def run_all(browser, notebooks: list[Path], address) -> dict[str, list[str]]:
     "Run the notebooks, two at a time; returns what went wrong in each."
     pictures = {path.stem: path.read_text(encoding="utf-8").count('"image/png":') for path in notebooks}
     waiting, running, faults = list(notebooks), [], {}
+    context = browser.new_context(viewport={"width": 1300, "height": 900})
     while waiting or running:
         while waiting and len(running) < 2:
             path = waiting.pop(0)
-            running.append((path, start(browser, address(path.stem)), time.monotonic() + PATIENCE))
+            running.append((path, start(context, address(path.stem)), time.monotonic() + PATIENCE))
         for path, page, end in list(running):
             late = time.monotonic() > end
             if late or not any("*" in prompt for prompt in page.evaluate(PROMPTS)):
                 faults[path.stem] = faults_in(page, path, pictures[path.stem]) + [f"not done in {PATIENCE} s"] * late
-                page.context.close()
+                page.close()
                 running.remove((path, page, end))
         time.sleep(0.3)
+    context.close()
     return faults
 
 
 @pytest.mark.timeout(900)
 def test_every_chapter_runs_in_jupyterlab(browser, lab):
     root, address = lab
-    faults = run_all(browser, [runnable_copy(path, root) for path in CHAPTERS], address)
+    faults = run_all(browser, [copy_with_kernel(path, root) for path in CHAPTERS], address)
     assert faults == {path.stem: [] for path in CHAPTERS}
 
 
 def test_planted_faults_are_seen(browser, lab):
     root, address = lab
     picture = new_output("display_data", data={"image/png": "iVBORw0KGgo="})
-    cells = [new_code_cell("1", outputs=[picture]), new_code_cell("import no_such_module"), new_code_cell("1")]
+    cells = [new_code_cell("1", outputs=[picture]), new_code_cell("import nbdev"), new_code_cell("1")]
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": KERNEL}), root / "planted.ipynb")
     assert run_all(browser, [root / "planted.ipynb"], address) == {"planted": [
-        "ModuleNotFoundError: No module named 'no_such_module'", "1 cells were not run", "0 pictures, not 1"]}
+        "ModuleNotFoundError: No module named 'nbdev'", "1 cells were not run", "0 pictures, not 1"]}

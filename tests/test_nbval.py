@@ -15,8 +15,8 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 def nbval(folder: Path) -> tuple[int, str]:
     "Run nbval on the notebooks in a folder, two at a time; returns its exit code and what it said."
-    # Each of the two takes one core; IN_TEST keeps nbdev from exporting; other plugins take seconds to load.
-    env = os.environ | {"IN_TEST": "1", "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    # IN_TEST keeps nbdev from exporting; other plugins take seconds to load.
+    env = os.environ | {"IN_TEST": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     options = ["-p", "nbval.plugin", "--nbval-lax", "--nbval-cell-timeout=300", "--nbval-kernel-startup-timeout=120",
                "-p", "xdist.plugin", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", "-q", "--color=no"]
     result = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=folder, env=env, capture_output=True,

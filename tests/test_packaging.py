@@ -1,21 +1,18 @@
 """The package as its users get it: built, installed in an empty folder, run from anywhere."""
 import ast
-import configparser
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
-import venv
 import zipfile
 from functools import cache
-from importlib.metadata import distribution, packages_distributions
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAPTERS, ROOT
+from conftest import CHAPTERS, ROOT, environment, requirements
 from packaging.requirements import Requirement
 
 from tinylm import cli
@@ -23,13 +20,6 @@ from tinylm.train import load_run
 
 owners_of = cache(packages_distributions)  # module -> the distributions that bring it
 OPTIONAL = {"distributed", "wandb"}  # a flag asks for them, and a line says so where they are missing
-
-
-def requirements() -> list[str]:
-    "What settings.ini says that tinylm needs to run."
-    config = configparser.ConfigParser(delimiters=["="])
-    config.read(ROOT / "settings.ini", encoding="utf-8")
-    return config["DEFAULT"]["requirements"].split()
 
 
 def run(*command: str, **options) -> subprocess.CompletedProcess:
@@ -56,28 +46,11 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def with_what_they_require(names: list[str]) -> set[str]:
-    "The names of these distributions, and of all that they need to run here."
-    found, waiting = set(), list(names)
-    while waiting:
-        need = Requirement(waiting.pop())
-        if need.name not in found and (need.marker is None or need.marker.evaluate({"extra": ""})):
-            found.add(need.name)
-            waiting += distribution(need.name).requires or []
-    return found
-
-
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory) -> str:
-    "A Python of its own that has the wheel and what settings.ini requires, and nothing else."
-    folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, with_pip=False, symlinks=os.name != "nt")
-    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
-    for name in with_what_they_require(requirements()):
-        for top in {file.parts[0] for file in distribution(name).files} - {"..", "__pycache__"}:
-            if not (site / top).exists():
-                (site / top).symlink_to(Path(distribution(name).locate_file(top)))
-    python = shutil.which("python", path=sysconfig.get_path("scripts", vars={"base": str(folder)}))
+    """A Python of its own that has the wheel and what settings.ini requires, and nothing else. It stands for an empty
+    environment after `pip install tinylm`; what it does not try is that pip finds these packages."""
+    python, site = environment(tmp_path_factory.mktemp("environment"))
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "-I"]
     installed = run(*pip, str(wheel))
     assert installed.returncode == 0, installed.stderr
@@ -99,7 +72,7 @@ def strange_place(tmp_path) -> dict:
     "A folder that is not the project's, and an environment with a home where nobody can write, not even root."
     (tmp_path / "file").touch()
     home = str(tmp_path / "file/home")
-    keep = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "OPENBLAS_CORETYPE")
+    keep = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "OPENBLAS_CORETYPE", "OMP_NUM_THREADS")
     env = {k: os.environ[k] for k in keep if k in os.environ} | {"HOME": home, "USERPROFILE": home}
     return {"cwd": tmp_path, "env": env}
 
@@ -231,6 +204,9 @@ def test_notebooks_are_clean_and_the_package_is_their_export(tmp_path):
 
 
 def test_planted_faults_are_seen(tmp_path):
-    (tmp_path / "planted.py").write_text('import os\nx: int = "one"\n', encoding="utf-8")
+    text = 'import os\nx: int = "one"\n\n\ndef half(a: int, b):\n    return a\n\n\ndef bare():\n    return len(1)\n'
+    (tmp_path / "planted.py").write_text(text, encoding="utf-8")
     assert "F401" in tool("ruff", "check", "planted.py", cwd=tmp_path)
-    assert "Incompatible types" in tool("mypy", "planted.py", cwd=tmp_path)
+    said = tool("mypy", "--config-file", str(ROOT / "pyproject.toml"), "planted.py", cwd=tmp_path)
+    for fault in ("Incompatible types in assignment", "missing a type annotation", 'incompatible type "int"'):
+        assert fault in said
