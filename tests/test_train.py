@@ -45,13 +45,15 @@ def one_thread():
 # --- exact resume
 
 
-def test_a_finished_run_can_be_resumed_and_extended(config):
+def test_a_finished_run_can_be_resumed_and_extended(config, capsys):
     run = train(replace(config, max_steps=30), tell)
     before = result(run)
-    resume(run)
-    assert result(run) == before
+    for last in (30, 20):
+        resume(run, max_steps=last)
+        assert result(run) == before
+        assert f"{run}: step 30 is done, and the last is {last}; more with --max_steps\n" in capsys.readouterr().err
     resume(run, max_steps=60)
-    assert metrics(run)[-1]["step"] == 60
+    assert metrics(run)[-1]["step"] == 60 and "is done" not in capsys.readouterr().err
 
 
 def test_the_best_loss_is_that_of_the_run_never_stopped(config, tmp_path):

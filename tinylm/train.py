@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -448,11 +448,15 @@ def _write_folder(out: Path, files: dict[str, bytes]) -> None:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
-            message = f"{out}: cannot write ({error.strerror}); free some space or choose another folder"
-            raise InputError(message) from error
+            raise _cannot_write(out, error) from error
         raise
 
 # %% ../nbs/05_train.ipynb #4db529db
+def _cannot_write(path: Path, error: OSError) -> InputError:
+    """Name the place that cannot be written, which the system's own message leaves out."""
+    return InputError(f"{path}: cannot write ({error.strerror}); free some space or choose another folder")
+
+
 def _aside(out: Path) -> Path:
     """Name the place where an older checkpoint waits until the one that replaces it is there."""
     return out.with_name(f".{out.name}.old.tmp")
@@ -555,8 +559,13 @@ def load_checkpoint(
 
     Raises InputError when a file is missing or damaged, or when the model has another shape.
     """
-    src = Path(src)
-    files, state = _read_checkpoint(src)
+    files, state = _read_checkpoint(Path(src))
+    _fill(Path(src), files, state, model, optimizer)
+    return state["iteration"]
+
+
+def _fill(src: Path, files: dict, state: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Put what was read from a checkpoint into model and optimizer."""
     weights, moments = (_tensors(src / name, files[name]) for name in _CHECKPOINT_FILES[:2])
     ours = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     theirs = {name: tuple(p.shape) for name, p in weights.items()}
@@ -566,7 +575,6 @@ def load_checkpoint(
     model.load_state_dict(weights)
     if optimizer is not None:
         _unpack_optimizer(model, optimizer, moments, state["optimizer"])
-    return state["iteration"]
 
 # %% ../nbs/05_train.ipynb #e453b8b4
 _CHECKPOINTS_KEPT = 3
@@ -576,21 +584,35 @@ def _checkpoints(run_dir: Path) -> list[Path]:
     """List a run's checkpoints, the newest first."""
     return sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
 
+
+def _checkpoint_name(step: int) -> str:
+    """Name the checkpoint of a step."""
+    return f"step-{step:08d}"
+
 # %% ../nbs/05_train.ipynb #48748fd1
 def _load_newest(
     run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Any] | None:
     """Load the newest valid checkpoint and return its state, or None if there is no checkpoint at all.
 
-    Raises InputError when there are checkpoints and all of them are damaged.
+    Raises InputError when there are checkpoints and all of them are damaged, or when it is one of another run.
     """
     folders = _checkpoints(run_dir)
     for folder in folders:
         try:
-            load_checkpoint(folder, model, optimizer)
-            return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            files, state = _read_checkpoint(folder)
+            name = _checkpoint_name(state["iteration"])
+            if folder.name != name:
+                raise InputError(f"{folder}: holds step {state['iteration']}; if it is this run's, name it {name}")
+            differences = _differences(state, *_read_config(run_dir))
+            if not differences:
+                _fill(folder, files, state, model, optimizer)
+                return state
         except InputError as error:
-            _say(f"{error}; trying the checkpoint before it")
+            _say(f"{error}; trying the checkpoint before it" if folder != folders[-1] else str(error))
+        else:
+            advice = "put back the one that was changed; settings change by flags and --allow_changes"
+            raise InputError(f"{folder}: made with {differences}; {advice}")
     if folders:
         raise InputError(f"{run_dir}: none of its {len(folders)} checkpoints can be used; start a new run")
     return None
@@ -605,26 +627,36 @@ class _Log:
 
     names = ("metrics.jsonl", "samples.txt")
 
-    def __init__(self, run_dir: Path, state: dict[str, Any] | None, track: _Track = lambda row: None):
+    def __init__(self, run_dir: Path, state: dict[str, Any] | None, track: _Track, gaps_allowed: bool):
         saved: dict[str, Any] = state["extra"] if state else {"pending": [], "seconds": 0.0, "sizes": {}}
         self.run_dir, self.pending, self.track = run_dir, saved["pending"], track
         self.layers: _Row = {}
         self.started = time.perf_counter() - saved["seconds"]
-        self.cut_back(saved["sizes"])
+        self.lost = self.cut_back(saved["sizes"], gaps_allowed)
 
     @on_rank0
-    def cut_back(self, sizes: dict[str, int]) -> None:
-        """Make the files as long as they were when the checkpoint was written."""
-        for name in self.names:
-            with open(self.run_dir / name, "ab") as file:
-                file.truncate(min(file.tell(), sizes.get(name, 0)))
+    def cut_back(self, sizes: dict[str, int], gaps_allowed: bool) -> dict[str, list[int]]:
+        """Make the files as long as they were when the checkpoint was written; tell which were shorter, and how much.
+
+        Raises InputError for a shorter one, unless gaps are allowed."""
+        paths = [self.run_dir / name for name in self.names]
+        texts = {path.name: path.read_bytes()[: sizes.get(path.name, 0)] if path.exists() else b"" for path in paths}
+        lost = {name: [sizes[name], len(text)] for name, text in texts.items() if len(text) < sizes.get(name, 0)}
+        for name, (expected, found) in lost.items():
+            if not gaps_allowed:
+                what = f"{self.run_dir / name}: {found:,} bytes, expected at least {expected:,}: lines are lost"
+                raise InputError(f"{what}; bring the file back, or say --allow_changes to go on without them")
+        for name, text in texts.items():
+            with self.writing(name) as file:
+                file.truncate(text.rfind(b"\n") + 1)
+        return lost
 
     @on_rank0
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must know to go on with this log, after storing the files for good."""
         sizes = {}
         for name in self.names:
-            with open(self.run_dir / name, "ab") as file:
+            with self.writing(name) as file:
                 os.fsync(file.fileno())
                 sizes[name] = file.tell()
         return {"pending": self.pending, "seconds": time.perf_counter() - self.started, "sizes": sizes}
@@ -647,8 +679,17 @@ class _Log:
     @on_rank0
     def append(self, name: str, text: str) -> None:
         """Add text to one of the files."""
-        with open(self.run_dir / name, "a", encoding="utf-8") as file:
-            file.write(text)
+        with self.writing(name) as file:
+            file.write(text.encode())
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """Open one of the files at its end. Raises InputError, naming it, if it cannot be written."""
+        try:
+            with open(self.run_dir / name, "ab") as file:
+                yield file
+        except OSError as error:
+            raise _cannot_write(self.run_dir / name, error) from error
 
 # %% ../nbs/05_train.ipynb #3fd712d2
 _OnEval = Callable[[TransformerLM, Tokenizer, int], str | None]
@@ -672,6 +713,7 @@ class _Run:
     optimizer: AdamW
     log: _Log
     step: int
+    made_with: dict[str, Any]  # what every checkpoint must fit: settings, and checksums of tokenizer and texts
 
 # %% ../nbs/05_train.ipynb #d194f90e
 def _loop(run: _Run) -> None:
@@ -740,8 +782,8 @@ def _save(run: _Run) -> None:
     norm = _length([p.detach() for p in run.model.parameters()])
     if not math.isfinite(norm):
         raise Diverged(run.step, run.log.pending[-1][0] if run.log.pending else math.nan, norm)
-    folder = run.folder / "checkpoints" / f"step-{run.step:08d}"
-    save_checkpoint(run.model, run.optimizer, run.step, folder, run.log.state())
+    folder = run.folder / "checkpoints" / _checkpoint_name(run.step)
+    save_checkpoint(run.model, run.optimizer, run.step, folder, {**run.log.state(), "made_with": run.made_with})
     _remove(_checkpoints(run.folder)[_CHECKPOINTS_KEPT:])
 
 
@@ -875,9 +917,9 @@ def _locked(run_dir: Path) -> Iterator[None]:
     try:
         descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise InputError(f"{run_dir}: cannot write ({error.strerror}); choose another folder") from error
+        raise _cannot_write(run_dir, error) from error
     try:
-        if not _try_lock(descriptor):
+        if not _try_lock(descriptor, run_dir):
             os.lseek(descriptor, 0, os.SEEK_SET)
             holder = os.read(descriptor, 200).decode() or "another process"
             raise InputError(f"{run_dir}: in use by {holder}; stop it first, or wait")
@@ -890,8 +932,8 @@ def _locked(run_dir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 # %% ../nbs/05_train.ipynb #745edbf7
-def _try_lock(descriptor: int) -> bool:
-    """Take the lock of an open file; False if another process has it."""
+def _try_lock(descriptor: int, run_dir: Path) -> bool:
+    """Take the lock of an open file; False if another process has it. Warns where there are no locks."""
     try:
         if sys.platform == "win32":
             os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # a byte behind the text, which stays readable
@@ -899,7 +941,9 @@ def _try_lock(descriptor: int) -> bool:
         else:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # else: no locks on this file system
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        _say(f"{run_dir}: no locks on this file system ({error.strerror}); see that no other process writes there")
     return True
 
 # %% ../nbs/05_train.ipynb #5f4858b8
@@ -918,6 +962,26 @@ def _difference(config: TrainConfig, changes: dict[str, Any], allow_changes: boo
         raise InputError(f"{config.run_dir}: the run cannot go on with {diff}; {advice}")
     return changes
 
+
+def _made_with(config: TrainConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """Collect what makes a run this run and no other: its settings, and the checksums of its data."""
+    settings = {f.name: getattr(config, f.name) for f in fields(TrainConfig) if f.name not in _FREE | _NOT_SETTINGS}
+    return settings | {name: data.get(key) for key, name in _DATA.items()}
+
+
+def _differences(state: dict[str, Any], config: TrainConfig, saved: dict[str, Any]) -> str:
+    """Tell where config.json differs from what a checkpoint was made with, as far as that knows; "" for nowhere."""
+    made, ours = state["extra"].get("made_with", {}), _made_with(config, saved["data"])
+    for event in reversed(saved.get("history", [])):
+        if event["step"] >= state["iteration"]:  # what was changed after this checkpoint
+            ours |= {name: old for name, (old, new) in event["changes"].items() if ours.get(name) == new}
+    names = sorted(name for name in made.keys() & ours.keys() if made[name] != ours[name])
+    return ", ".join(f"{name} {str(made[name])[:12]} (config.json: {str(ours[name])[:12]})" for name in names)
+
+
+_NOT_SETTINGS = {"run_dir", "resume", "allow_changes"}
+_DATA = {"fingerprint": "tokenizer", "sha256": "training text", "valid_sha256": "validation text"}
+
 # %% ../nbs/05_train.ipynb #b710cfb7
 def train(
     config: TrainConfig,  # the whole description of the run
@@ -933,15 +997,15 @@ def train(
         if can_restart() and on_rank0(Path.exists)(Path(str(config.run_dir), "config.json")):
             run_dir = Path(str(config.run_dir))
             return resume(run_dir, on_eval, changes=asdict(replace(config, run_dir=str(run_dir))))
-        run_dir, tokenizer, files, floor = _make_folder(config, device)
+        run_dir, tokenizer, files = _make_folder(config, device)
         with _locked(run_dir):
-            _run_to_end(_open_run(run_dir, config, tokenizer, files, floor, on_eval))
+            _run_to_end(_open_run(run_dir, config, tokenizer, files, on_eval))
     return run_dir
 
 # %% ../nbs/05_train.ipynb #d7568e4b
 @on_rank0
-def _make_folder(config: TrainConfig, device: str) -> tuple[Path, Tokenizer, _Files, float | None]:
-    """Prepare the data, check them, and make the folder of a run; return it with the data and their floor."""
+def _make_folder(config: TrainConfig, device: str) -> tuple[Path, Tokenizer, _Files]:
+    """Prepare the data, check them, and make the folder of a run; return it with the data."""
     stamp = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{corpus_name(config.corpus)}-{config.preset}"
     run_dir = Path(config.run_dir or f"runs/{stamp}")
     _refuse_existing(run_dir)
@@ -953,7 +1017,7 @@ def _make_folder(config: TrainConfig, device: str) -> tuple[Path, Tokenizer, _Fi
     run_dir.mkdir(parents=True)
     tokenizer.save(run_dir / "tokenizer")
     _write_config(run_dir, {**asdict(replace(config, run_dir=str(run_dir))), **about})
-    return run_dir, tokenizer, files, data["floor"]
+    return run_dir, tokenizer, files
 
 # %% ../nbs/05_train.ipynb #d53e1476
 def resume(
@@ -965,8 +1029,8 @@ def resume(
 ) -> Path:  # the run directory
     """Go on with a run from its newest valid checkpoint, exactly as if it had never stopped.
 
-    Raises InputError when the folder is no run, is in use, or has other data than it began with, and for changes
-    that may not be made.
+    Raises InputError when the folder is no run, is in use, has other data than it began with, checkpoints of another
+    run or a log that lost lines, and for changes that may not be made.
     """
     run_dir = Path(run_dir)
     _read_config(run_dir)
@@ -975,14 +1039,16 @@ def resume(
         config = replace(config, fsdp=False)  # each command says it anew
         changes = {**(changes or {}), **({} if max_steps is None else {"max_steps": max_steps})}
         changes = _difference(config, changes, allow_changes)
-        changed = replace(config, **changes)
+        changed = replace(config, **changes, allow_changes=allow_changes)
         _check_machine(changed)
         tokenizer, files, _ = on_rank0(_prepare)(changed)
         _check_data(changed, tokenizer, *files)
         _check_same_data(run_dir, saved, tokenizer, files)
         _remove(list((run_dir / "checkpoints").glob(".*.tmp")))
-        run = _open_run(run_dir, changed, tokenizer, files, saved["data"]["floor"], on_eval)
+        run = _open_run(run_dir, changed, tokenizer, files, on_eval)
         _record_changes(run, config, saved, changes)
+        if run.step >= changed.last_step:
+            _say(f"{run_dir}: step {run.step} is done, and the last is {changed.last_step}; more with --max_steps")
         _run_to_end(run)
     return run_dir
 
@@ -1001,7 +1067,7 @@ def load_run(
 
 # %% ../nbs/05_train.ipynb #a7db63b9
 def _open_run(
-    folder: Path, config: TrainConfig, tokenizer: Tokenizer, files: _Files, floor: float | None, on_eval: _OnEval | None
+    folder: Path, config: TrainConfig, tokenizer: Tokenizer, files: _Files, on_eval: _OnEval | None
 ) -> _Run:
     """Build model and optimizer, and bring them to the newest checkpoint if there is one."""
     device = _pick_device(config.device)
@@ -1011,13 +1077,14 @@ def _open_run(
     for group in optimizer.param_groups:  # what the config says now, not what the checkpoint says
         group |= {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     step = state["iteration"] if state else 0
-    log = _Log(folder, state, _tracker(config, folder, step))
+    data = _read_config(folder)[1]["data"]
+    log = _Log(folder, state, _tracker(config, folder, step), config.allow_changes)
     eager = spread(model, optimizer, config.fsdp)
     forward = torch.compile(eager) if config.compile else eager
     train_tokens, valid_tokens = (file.tokens() for file in files)
     return _Run(
-        folder, config, tokenizer, train_tokens, valid_tokens, floor, on_eval, device, model, eager, forward, optimizer,
-        log, step,
+        folder, config, tokenizer, train_tokens, valid_tokens, data["floor"], on_eval, device, model, eager, forward,
+        optimizer, log, step, _made_with(config, data),
     )  # fmt: skip
 
 # %% ../nbs/05_train.ipynb #e8805289
@@ -1034,8 +1101,7 @@ def _check_same_data(run_dir: Path, saved: dict[str, Any], tokenizer: Tokenizer,
     """Raise InputError unless tokenizer and texts are those that the run began with."""
     _load_own_tokenizer(run_dir, saved)
     found = {"fingerprint": tokenizer.fingerprint, "sha256": files[0].sha256, "valid_sha256": files[1].sha256}
-    names = {"fingerprint": "tokenizer", "sha256": "training text", "valid_sha256": "validation text"}
-    for key, name in names.items():
+    for key, name in _DATA.items():
         ours, theirs = found[key], str(saved["data"].get(key))
         if ours != theirs:
             what = f"the {name} {ours[:12]} is not the one that the run began with, {theirs[:12]}"
@@ -1054,10 +1120,11 @@ def _load_own_tokenizer(run_dir: Path, saved: dict[str, Any]) -> Tokenizer:
 # %% ../nbs/05_train.ipynb #0cb3e7f5
 @on_rank0
 def _record_changes(run: _Run, before: TrainConfig, saved: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Note in config.json which fields have another value from the current step on."""
+    """Note in config.json which fields have another value from the current step on, and bytes lost from a log."""
     lasting = {name: new for name, new in changes.items() if name not in _MOMENTARY}
-    if lasting:
-        event = {"step": run.step, "changes": {name: [getattr(before, name), new] for name, new in lasting.items()}}
+    if lasting or run.log.lost:
+        pairs = {name: [getattr(before, name), new] for name, new in lasting.items()} | run.log.lost
+        event = {"step": run.step, "changes": pairs}
         _write_config(run.folder, {**saved, **lasting, "history": [*saved.get("history", []), event]})
 
 
@@ -1220,7 +1287,10 @@ _KINDS = {"activations": "root mean square", "gradients": "L2 norm", "updates": 
 # %% ../nbs/05_train.ipynb #d0173280
 def _report(run_dir: Path) -> None:
     """Print how a run ended, with the excess over the floor where it is known."""
-    last = [row for row in _read_metrics(run_dir) if row.get("val_loss") is not None][-1]
+    rows = [row for row in _read_metrics(run_dir) if row.get("val_loss") is not None]
+    if not rows:  # its log was lost
+        return
+    last = rows[-1]
     line = f"validation loss {last['val_loss']:.4f} nats per token after step {last['step']}"
     if "floor" in last:
         loss, floor = last["story_loss"], last["floor"]
