@@ -391,18 +391,22 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
+def sign(folder, without=""):
+    "Give a changed checkpoint checksums that fit."
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    del state["sha256"]
+    state["extra"].pop(without, None)
+    state["sha256"] = tinylm.train._checksums(folder, state)
+    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
 def test_a_pickle_in_place_of_a_checkpoint_is_refused(config, name, tmp_path, monkeypatch, capsys):
     "Even one whose checksums fit, as an attacker would make them."
     run = train(replace(config, max_steps=14))
     monkeypatch.chdir(tmp_path)
-    folder = checkpoints(run)[-1]
-    files = {path.name: path.read_bytes() for path in folder.iterdir()} | {name: pickle.dumps(Bomb())}
-    state = json.loads(files["state.json"])
-    del state["sha256"]
-    state["sha256"] = tinylm.train._checksums(files, state)
-    (folder / name).write_bytes(files[name])
-    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    (checkpoints(run)[-1] / name).write_bytes(pickle.dumps(Bomb()))
+    sign(checkpoints(run)[-1])
     load_run(run)
     assert f"{name}: not a safetensors file" in capsys.readouterr().err
     assert not (tmp_path / "exploded").exists()
@@ -460,8 +464,8 @@ def test_a_config_changed_by_an_editor_is_refused(base, copied, change):
     assert {path for path, data in contents(copied).items() if data != before[path]} <= {copied / ".lock"}
 
 
-@pytest.mark.parametrize("change, name", [
-    ({"seed": 5}, "seed 5"), ({"corpus": "train.txt"}, "tokenizer "), ({"val_corpus": "valid.txt"}, "validation text ")])
+@pytest.mark.parametrize("change, name", [({"seed": 5}, "seed 5"), ({"corpus": "train.txt"}, "tokenizer "),
+                                          ({"val_corpus": "valid.txt"}, "validation text ")])
 def test_checkpoints_of_another_run_are_refused(base, copied, tmp_path, change, name):
     "Even if all shapes are equal, and if only the texts were others."
     texts = {key: write_fables(tmp_path / file, 300, 9) for key, file in change.items() if key != "seed"}
@@ -476,11 +480,7 @@ def test_checkpoints_of_another_run_are_refused(base, copied, tmp_path, change, 
 def test_a_checkpoint_that_does_not_say_what_it_was_made_with_is_loaded(copied):
     "As those of older versions do not."
     for folder in checkpoints(copied):
-        files = {path.name: path.read_bytes() for path in folder.iterdir()}
-        state = json.loads(files["state.json"])
-        del state["sha256"], state["extra"]["made_with"]
-        state["sha256"] = tinylm.train._checksums(files, state)
-        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        sign(folder, without="made_with")
     load_run(copied)
     resume(copied, max_steps=20)
 

@@ -11,6 +11,7 @@ __all__ = ['PRESETS', 'get_batch', 'evaluate', 'evaluate_stories', 'fables_floor
 import errno
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -31,8 +32,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -426,18 +426,46 @@ def train_step(
     optimizer.step()
     return loss_value, norm_value
 
+# %% ../nbs/05_train.ipynb #06b3c869
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def _write_tensors(file: BinaryIO, tensors: dict[str, Tensor]) -> str:
+    """Write tensors in the format of safetensors, without a copy of them all; return the SHA-256."""
+    header, end = {}, 0
+    for name, x in tensors.items():
+        begin, end = end, end + x.nbytes
+        header[name] = {"dtype": _DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    parts: Iterator[Any] = itertools.chain([len(text).to_bytes(8, "little"), text], map(_bytes_of, tensors.values()))
+    for part in parts:
+        digest.update(part)
+        file.write(part)
+    return digest.hexdigest()
+
+
+def _bytes_of(x: Tensor) -> Any:
+    """Look at the bytes of a tensor in main memory; one that is not whole is copied first."""
+    return x.contiguous().view(-1).view(torch.uint8).numpy()
+
 # %% ../nbs/05_train.ipynb #32dc456e
 @on_rank0
-def _write_folder(out: Path, files: dict[str, bytes]) -> None:
-    """Write a folder of files all at once: after a crash it is either whole or not there."""
+def _write_folder(out: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Write the files of a checkpoint all at once: after a crash they are either all there or none."""
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
-        for name, data in files.items():
-            with open(temporary / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        checksums = {"state.json": _state_sha256(state)}
+        for name, content in tensors.items():
+            with _stored(temporary / name) as file:
+                checksums[name] = _write_tensors(file, content)
+        with _stored(temporary / "state.json") as file:
+            file.write(json.dumps({**state, "sha256": checksums}, indent=1).encode())
         _sync_folder(temporary)
         if out.exists():
             shutil.rmtree(_aside(out), ignore_errors=True)
@@ -462,6 +490,15 @@ def _aside(out: Path) -> Path:
     return out.with_name(f".{out.name}.old.tmp")
 
 # %% ../nbs/05_train.ipynb #2e5676ec
+@contextmanager
+def _stored(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file, and make the disk store what was written."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _sync_folder(folder: Path) -> None:
     """Make the disk store a folder's list of names (a no-op on Windows)."""
     if os.name != "nt":
@@ -508,45 +545,48 @@ def save_checkpoint(
     """
     moments, numbers = _pack_optimizer(model, optimizer)
     tensors = {"model.safetensors": model.state_dict(), "optimizer.safetensors": moments}
-    files = {name: save_tensors(gathered(content)) for name, content in tensors.items()}
     state = {"iteration": iteration, "optimizer": numbers, "extra": extra or {}}
-    files["state.json"] = json.dumps({**state, "sha256": _checksums(files, state)}, indent=1).encode()
-    _write_folder(Path(out), files)
+    _write_folder(Path(out), {name: gathered(content) for name, content in tensors.items()}, state)
 
 # %% ../nbs/05_train.ipynb #2c5baf65
-_CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 
 
-def _checksums(files: dict[str, bytes], state: dict[str, Any]) -> dict[str, str]:
-    """Compute the SHA-256 of each tensor file and of the rest of state.json."""
-    contents = {name: data for name, data in files.items() if name.endswith(".safetensors")}
-    contents["state.json"] = json.dumps(state, sort_keys=True).encode()
-    return {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+def _state_sha256(state: dict[str, Any]) -> str:
+    """Compute the SHA-256 of state.json without its checksums."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, str]:
+    """Compute the SHA-256 of each file of a checkpoint as it lies on the disk."""
+    return {name: file_sha256(folder / name) for name in _TENSOR_FILES} | {"state.json": _state_sha256(state)}
 
 # %% ../nbs/05_train.ipynb #f84c04b6
-def _read_checkpoint(src: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Read a checkpoint's files and check them. Raises InputError naming the file that is missing or damaged."""
+def _read_state(src: Path) -> tuple[Path, dict[str, Any]]:
+    """Check the files of a checkpoint; return where they lie, and state.json.
+
+    Raises InputError naming the file that is missing or damaged."""
     if not src.exists() and _aside(src).exists():  # killed between the two renames
         src = _aside(src)
     try:
-        files = {name: (src / name).read_bytes() for name in _CHECKPOINT_FILES}
-        state = json.loads(files["state.json"])
+        state = json.loads((src / "state.json").read_bytes())
         expected = state.pop("sha256")
+        found = _checksums(src, state)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot read this part of a checkpoint ({error.strerror})") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{src / 'state.json'}: damaged, not the JSON of a checkpoint") from error
-    for name, found in _checksums(files, state).items():
-        if found != expected.get(name):
-            raise InputError(f"{src / name}: damaged, its SHA-256 {found[:12]}... is not the one in state.json")
-    return files, state
+    for name, sha256 in found.items():
+        if sha256 != expected.get(name):
+            raise InputError(f"{src / name}: damaged, its SHA-256 {sha256[:12]}... is not the one in state.json")
+    return src, state
 
 # %% ../nbs/05_train.ipynb #0cfc6a54
-def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
-    """Unpack a safetensors file. Raises InputError if it is something else, however well its checksum fits."""
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises InputError if it is something else, however well its checksum fits."""
     try:
-        return load_tensors(data)
-    except SafetensorError as error:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a safetensors file ({error})") from error
 
 # %% ../nbs/05_train.ipynb #e920eb98
@@ -559,19 +599,20 @@ def load_checkpoint(
 
     Raises InputError when a file is missing or damaged, or when the model has another shape.
     """
-    files, state = _read_checkpoint(Path(src))
-    _fill(Path(src), files, state, model, optimizer)
+    folder, state = _read_state(Path(src))
+    _fill(folder, state, model, optimizer)
     return state["iteration"]
 
 
-def _fill(src: Path, files: dict, state: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Put what was read from a checkpoint into model and optimizer."""
-    weights, moments = (_tensors(src / name, files[name]) for name in _CHECKPOINT_FILES[:2])
+def _fill(src: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Put the numbers of a checkpoint into model and optimizer."""
+    weights = _tensors(src / "model.safetensors")
     ours = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     theirs = {name: tuple(p.shape) for name, p in weights.items()}
     if ours != theirs:
         name = min(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
         raise InputError(f"{src}: does not fit: {name} is {theirs.get(name)} there and {ours.get(name)} in the model")
+    moments = _tensors(src / "optimizer.safetensors")
     model.load_state_dict(weights)
     if optimizer is not None:
         _unpack_optimizer(model, optimizer, moments, state["optimizer"])
@@ -591,22 +632,23 @@ def _checkpoint_name(step: int) -> str:
 
 # %% ../nbs/05_train.ipynb #48748fd1
 def _load_newest(
-    run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    run_dir: Path, model: nn.Module | None, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Any] | None:
-    """Load the newest valid checkpoint and return its state, or None if there is no checkpoint at all.
+    """Load the newest valid checkpoint, if there is a model to take it, and return its state; None if there is none.
 
     Raises InputError when there are checkpoints and all of them are damaged, or when it is one of another run.
     """
     folders = _checkpoints(run_dir)
     for folder in folders:
         try:
-            files, state = _read_checkpoint(folder)
+            place, state = _read_state(folder)
             name = _checkpoint_name(state["iteration"])
             if folder.name != name:
                 raise InputError(f"{folder}: holds step {state['iteration']}; if it is this run's, name it {name}")
             differences = _differences(state, *_read_config(run_dir))
             if not differences:
-                _fill(folder, files, state, model, optimizer)
+                if model is not None:
+                    _fill(place, state, model, optimizer)
                 return state
         except InputError as error:
             _say(f"{error}; trying the checkpoint before it" if folder != folders[-1] else str(error))
@@ -1374,6 +1416,20 @@ def plot_watch(
     return figure
 
 # %% ../nbs/05_train.ipynb #224860af
+def _memory(config: TrainConfig) -> dict[str, int]:
+    """Foresee what each process holds during a step, in bytes by purpose."""
+    share = config.batch_size // (world_size() * config.grad_accum_steps)
+    memory = memory_table(config, share, config.dtype)
+    if config.fsdp:
+        memory |= {name: memory[name] // world_size() for name in _OF_THE_MODEL}
+    elif world_size() > 1:
+        memory["gradients"] *= 2
+    return memory
+
+
+_OF_THE_MODEL = ("weights", "gradients", "optimizer")
+
+
 def _time_steps(config: TrainConfig, device: str, budget: float) -> dict[int, float]:
     """Time steps with 1, 2, 4, ... sequences of random tokens: the better of two, in seconds, by number."""
     model: Any = TransformerLM(config, seed=config.seed).to(device)
@@ -1400,16 +1456,22 @@ def _time_step(model: nn.Module, optimizer: AdamW, batch: tuple[Tensor, Tensor],
     return time.perf_counter() - began
 
 # %% ../nbs/05_train.ipynb #c1f006d4
-def _seconds(config: TrainConfig, times: dict[int, float]) -> tuple[float, float]:
-    """Forecast the time of a step and of a whole run from the times of small steps."""
+def _seconds(config: TrainConfig, times: dict[int, float], done: int = 0) -> tuple[float, float]:
+    """Forecast the time of a step, and of all that come after the `done` ones, from the times of small steps."""
     (*_, (n, t)) = times.items()
     each = (t - times[n // 2]) / (n - n // 2) if n > 1 else t
     step = t + (config.batch_size - n) * each
-    evaluations = 1 + math.ceil(config.last_step / config.eval_every)
-    return step, config.last_step * step + evaluations * config.eval_windows * each / 3
+    steps = max(0, config.last_step - done)
+    evaluations = math.ceil(config.last_step / config.eval_every) - done // config.eval_every + (done == 0)
+    return step, steps * step + evaluations * config.eval_windows * each / 3 * (steps > 0)
 
 # %% ../nbs/05_train.ipynb #c1802173
-_SLACK = 1.15  # an allocator keeps some of what was freed: 1.1 to 1.2 on top was measured on Linux
+def _slack(config: TrainConfig, device: str) -> float:
+    """Tell how many times the bytes of its activations an allocator holds; both figures are measured ones.
+
+    The GNU library gives pieces above 32 MB back at once, and keeps smaller ones, which soon lie scattered."""
+    tokens = config.batch_size // (world_size() * config.grad_accum_steps) * config.context_length
+    return 1.4 if device == "cpu" and 4 * tokens * config.d_model < 32 * 2**20 else 1.1
 
 
 def _memory_held(device: str) -> int:
@@ -1420,11 +1482,12 @@ def _memory_held(device: str) -> int:
 
 
 def _memory_there(device: str) -> int | None:
-    """Count the bytes of memory that the device has in all; None where the system does not tell."""
+    """Count the bytes of memory that the device has for each process; None where the system does not tell."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
-    names = getattr(os, "sysconf_names", {})
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in names else None
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 # %% ../nbs/05_train.ipynb #cd7da1d0
 @dataclass(frozen=True)
@@ -1432,29 +1495,44 @@ class Forecast:
     """What a run will take; printed, it is a table."""
 
     config: TrainConfig  # of the run
-    memory: dict[str, int]  # bytes by purpose, as in memory_table
+    done: int  # steps that a run which goes on has behind it
+    processes: int  # that train together
+    memory: dict[str, int]  # bytes of a process by purpose, as in memory_table
     peak: int  # bytes at the most: these, the allocator's slack, and what the process held before
-    capacity: int | None  # bytes that the device has, None if unknown
+    capacity: int | None  # bytes that the device has for each process, None if unknown
     measured: int  # sequences in the largest step that was timed
     step_seconds: float  # for one step of the whole batch
-    seconds: float  # for all steps and evaluations
+    seconds: float  # for all steps and evaluations that are left
 
     def __str__(self) -> str:
         """Write the table."""
-        config, steps = self.config, self.config.last_step
+        config, steps = self.config, max(0, self.config.last_step - self.done)
         tokens = config.batch_size * config.context_length
         operations = 3 * tokens * flops_per_token(config)
         speed = f"{tokens / self.step_seconds:,.0f} tokens/s, {operations / self.step_seconds / 1e9:,.0f} GFLOP/s"
         rows = {
             "parameters": f"{num_parameters(config):,}",
-            "tokens": f"{steps * tokens:,} in {steps:,} steps of {tokens:,}",
+            "tokens": f"{steps * tokens:,} in {steps:,} steps of {tokens:,}{self._shared()}",
             "operations": f"{steps * operations:.3g} in all, {operations:.3g} a step",
             "memory": f"at most {self.peak / 1e9:.2f} GB{self._fits()}",
             "  in MB": ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in self.memory.items()),
             "time": f"{_duration(self.seconds)}, {self.step_seconds:.3g} seconds a step",
-            "speed": f"{speed}, timed with {self.measured} of {config.batch_size} sequences",
+            "speed": f"{speed}, timed with {self.measured} of {config.batch_size // self.processes} sequences",
+            "left out": ", ".join(self._left_out()),
         }
         return "\n".join(f"{name:11} {text}" for name, text in rows.items())
+
+    def _shared(self) -> str:
+        """Say which steps these are, and who takes them."""
+        shared = f", shared by {self.processes} processes; memory is that of each" if self.processes > 1 else ""
+        return f", after the {self.done:,} that are done" * (self.done > 0) + shared
+
+    def _left_out(self) -> list[str]:
+        """List what is not foreseen."""
+        left_out = ["preparing the data", "stories told on the way", "saving"]
+        left_out += ["what the processes send to each other"] * (self.processes > 1)
+        left_out += ["the layers that FSDP gathers for a moment"] * self.config.fsdp
+        return left_out + ["the compiler, and the memory that its code saves"] * self.config.compile
 
     def _fits(self) -> str:
         """Say whether the memory suffices."""
@@ -1473,22 +1551,36 @@ def _duration(seconds: float) -> str:
 
 # %% ../nbs/05_train.ipynb #e9995b82
 def forecast(
-    config: TrainConfig,  # the run to foresee
+    config: TrainConfig,  # the run to foresee; with `resume`, what is left of that run
     budget: float = 10.0,  # seconds that the measurement may take, at least two steps with one sequence
 ) -> Forecast:  # its memory and time on this machine
     """Foresee what a run will take, without data: memory by formula, time from a few steps with random tokens.
 
-    Raises InputError for a model that the device cannot hold, so that no step of it can be timed."""
-    device = _check_machine(config)
-    capacity, memory = _memory_there(device), memory_table(config, config.batch_size // config.grad_accum_steps)
-    model = memory["weights"] + memory["gradients"] + memory["optimizer"]
-    if capacity is not None and model > capacity:
-        needs = f"weights, gradients and moments need {model / 1e9:,.1f} GB"
-        raise InputError(f"{needs}, and {device} has {capacity / 1e9:,.1f} GB: choose a smaller model")
-    _time_steps(replace(PRESETS["debug"], batch_size=1), device, 0)  # loads all code that a step needs
-    peak = _memory_held(device) + round(_SLACK * sum(memory.values()))
-    times = _time_steps(config, device, budget)
-    return Forecast(config, memory, peak, capacity, max(times), *_seconds(config, times))
+    Raises InputError for a model that the device cannot hold, so that no step of it can be timed, and for a run that
+    could not go on with this config.
+    """
+    with joined():
+        device, memory = _check_machine(config), _memory(config)
+        capacity, model = _memory_there(device), sum(memory[name] for name in _OF_THE_MODEL)
+        if capacity is not None and model > capacity:
+            needs = f"weights, gradients and moments need {model / 1e9:,.1f} GB"
+            raise InputError(f"{needs}, and {device} has {capacity / 1e9:,.1f} GB: choose a smaller model")
+        _time_steps(replace(PRESETS["debug"], batch_size=1), device, 0)  # loads all code that a step needs
+        peak = _memory_held(device) + model + round(_slack(config, device) * (sum(memory.values()) - model))
+        done, share = _steps_done(config), replace(config, batch_size=config.batch_size // world_size())
+        times = _time_steps(share, device, budget)
+        return Forecast(config, done, world_size(), memory, peak, capacity, max(times), *_seconds(share, times, done))
+
+
+def _steps_done(config: TrainConfig) -> int:
+    """Find how far the run is that shall go on, if there is one. Raises InputError if it may not go on so."""
+    if config.resume is None:
+        return 0
+    run_dir = Path(config.resume)
+    changes = {name: value for name, value in asdict(config).items() if name not in ("resume", "allow_changes")}
+    _difference(_read_config(run_dir)[0], changes, config.allow_changes)
+    state = _load_newest(run_dir, None)
+    return state["iteration"] if state else 0
 
 # %% ../nbs/05_train.ipynb #fad56d62
 @dataclass(frozen=True)
