@@ -292,7 +292,9 @@ def test_tokenize_tells_and_reuses(own, capfd):
     out, err = capfd.readouterr()
     assert "longest tokens" in out and "training a tokenizer" in err and "already" not in out
     made = {p: p.stat().st_mtime_ns for p in own.glob("data/*/vocab-320/*")}
-    for name, words in re.findall(r"^(\S+/(?:train|valid).bin): (.*)$", out, re.MULTILINE):
+    told = re.findall(r"^(\S+\.bin): (.*)$", out, re.MULTILINE)
+    assert len(told) == 2
+    for name, words in told:
         tokenizer, ids = Tokenizer.load(own / Path(name).parent), TokenFile.load(own / name).tokens()
         num_bytes = len(tokenizer.decode(ids).encode())
         assert words == f"{len(ids):,} tokens, {num_bytes / len(ids):.2f} bytes per token"
