@@ -659,6 +659,21 @@ def _load_newest(
         raise InputError(f"{run_dir}: none of its {len(folders)} checkpoints can be used; start a new run")
     return None
 
+# %% ../nbs/05_train.ipynb #6665ff94
+@contextmanager
+def _at_end(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write at its end. Raises InputError, naming it, if that cannot be done."""
+    try:
+        with open(path, "ab") as file:
+            yield file
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _beginning(path: Path, size: int) -> bytes:
+    """Read the first `size` bytes of a file, or as many as there are."""
+    return path.read_bytes()[:size] if path.exists() else b""
+
 # %% ../nbs/05_train.ipynb #fc11a061
 _Row = dict[str, Any]  # a line of the log
 _Track = Callable[[_Row], None]  # shows it elsewhere too
@@ -681,15 +696,14 @@ class _Log:
         """Make the files as long as they were when the checkpoint was written; tell which were shorter, and how much.
 
         Raises InputError for a shorter one, unless gaps are allowed."""
-        paths = [self.run_dir / name for name in self.names]
-        texts = {path.name: path.read_bytes()[: sizes.get(path.name, 0)] if path.exists() else b"" for path in paths}
+        texts = {name: _beginning(self.run_dir / name, sizes.get(name, 0)) for name in self.names}
         lost = {name: [sizes[name], len(text)] for name, text in texts.items() if len(text) < sizes.get(name, 0)}
         for name, (expected, found) in lost.items():
             if not gaps_allowed:
                 what = f"{self.run_dir / name}: {found:,} bytes, expected at least {expected:,}: lines are lost"
                 raise InputError(f"{what}; bring the file back, or say --allow_changes to go on without them")
         for name, text in texts.items():
-            with self.writing(name) as file:
+            with _at_end(self.run_dir / name) as file:  # and no half line
                 file.truncate(text.rfind(b"\n") + 1)
         return lost
 
@@ -698,7 +712,7 @@ class _Log:
         """Return what a checkpoint must know to go on with this log, after storing the files for good."""
         sizes = {}
         for name in self.names:
-            with self.writing(name) as file:
+            with _at_end(self.run_dir / name) as file:
                 os.fsync(file.fileno())
                 sizes[name] = file.tell()
         return {"pending": self.pending, "seconds": time.perf_counter() - self.started, "sizes": sizes}
@@ -721,17 +735,8 @@ class _Log:
     @on_rank0
     def append(self, name: str, text: str) -> None:
         """Add text to one of the files."""
-        with self.writing(name) as file:
+        with _at_end(self.run_dir / name) as file:
             file.write(text.encode())
-
-    @contextmanager
-    def writing(self, name: str) -> Iterator[BinaryIO]:
-        """Open one of the files at its end. Raises InputError, naming it, if it cannot be written."""
-        try:
-            with open(self.run_dir / name, "ab") as file:
-                yield file
-        except OSError as error:
-            raise _cannot_write(self.run_dir / name, error) from error
 
 # %% ../nbs/05_train.ipynb #3fd712d2
 _OnEval = Callable[[TransformerLM, Tokenizer, int], str | None]
@@ -1089,6 +1094,8 @@ def resume(
         _remove(list((run_dir / "checkpoints").glob(".*.tmp")))
         run = _open_run(run_dir, changed, tokenizer, files, on_eval)
         _record_changes(run, config, saved, changes)
+        if run.step == 0:
+            _say(f"{run_dir}: no checkpoint yet, so it begins again")
         if run.step >= changed.last_step:
             _say(f"{run_dir}: step {run.step} is done, and the last is {changed.last_step}; more with --max_steps")
         _run_to_end(run)
