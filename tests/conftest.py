@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sysconfig
 import threading
 import venv
@@ -18,10 +19,11 @@ import pytest
 from packaging.requirements import Requirement
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; more threads than cores wait by spinning
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C, and so would its children
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = re.compile(r"^#\| *(slow|eval: *false)", re.MULTILINE)  # see tst_flags in settings.ini
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
-LONGEST_FIRST = "jupyterlab nbval ablations distributed packaging site faults train check cli".split()
+LONGEST_FIRST = "jupyterlab nbval ablations distributed train packaging tokenizer site cli check kernels faults".split()
 
 
 def pytest_collection_modifyitems(items):
