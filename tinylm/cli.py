@@ -30,7 +30,7 @@ from . import __version__
 from .data import END_OF_TEXT, InputError, fetch_corpus, peak_memory, read_documents
 
 # %% ../nbs/10_cli.ipynb #3ac56cc0
-Options = TypeVar("Options")
+Options = TypeVar("Options")  # a dataclass whose fields are the flags of a verb
 Given = dict[str, list[str]]  # field -> the flag and its value, as tyro takes them
 
 

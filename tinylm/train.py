@@ -270,7 +270,7 @@ def _check_training(config: TrainConfig) -> None:
         raise InputError(f"warmup_iters {config.warmup_iters} must be less than cosine_cycle_iters {cycle}")
 
 # %% ../nbs/05_train.ipynb #a9783d91
-PRESETS = {
+PRESETS = {  # what `--preset` begins with
     "debug": TrainConfig(
         preset="debug", vocab_size=1792, context_length=256, d_model=32, num_layers=2, num_heads=2, d_ff=96,
         lr=2e-2, batch_size=8, warmup_iters=5, cosine_cycle_iters=40,
