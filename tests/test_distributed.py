@@ -64,7 +64,7 @@ def runs_of(base, folder):
 def plan(*configs):
     "Foresee runs of two processes; the path that is returned tells the sizes of gradients in them."
     foreseen = [forecast(config, budget=0) for config in configs]
-    assert "shared by 2 processes" in str(foreseen[0]) and "FSDP" in str(foreseen[0]) and "FSDP" not in str(foreseen[1])
+    assert all("shared by 2 processes" in str(it) for it in foreseen) and "gathered to save" in str(foreseen[0])
     return Path("-".join(str(it.memory["gradients"] // num_parameters(it.config)) for it in foreseen))
 
 

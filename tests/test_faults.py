@@ -640,6 +640,22 @@ def test_a_gradient_alone_that_is_no_number_stops_before_the_update(config):
     assert all(p.isfinite().all() for p in load_run(config.run_dir)[0].parameters())
 
 
+def test_a_validation_loss_that_is_no_number_stops_the_run(config, monkeypatch):
+    "An update of finite gradients that reaches infinity exactly where an evaluation is due."
+    def overflow(optimizer, closure=None):
+        real(optimizer, closure)
+        if next(count) == 20:
+            optimizer.param_groups[0]["params"][-1].data[0, 0] = math.inf
+
+    real, count = AdamW.step, itertools.count(1)
+    monkeypatch.setattr(AdamW, "step", overflow)
+    with pytest.raises(Diverged) as stopped:
+        train(config)
+    last = metrics(config.run_dir)[-1]
+    assert stopped.value.step == last["step"] == 20 and last["diverged"] and last["val_loss"] is None
+    assert last["divergence"]["loss"] in ("inf", "nan") and checkpoints(config.run_dir)[-1].name == "step-00000014"
+
+
 def test_spoiled_weights_are_not_saved(config):
     "An update that reaches infinity exactly where a checkpoint is due."
     def spoil(model, tokenizer, step):

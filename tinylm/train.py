@@ -1428,7 +1428,8 @@ def _memory(config: TrainConfig) -> dict[str, int]:
     share = config.batch_size // (world_size() * config.grad_accum_steps)
     memory = memory_table(config, share, config.dtype)
     if config.fsdp:
-        memory |= {name: memory[name] // world_size() for name in _OF_THE_MODEL}
+        saved = memory["gradients"] + memory["optimizer"]  # weights have the size of gradients
+        memory |= {name: memory[name] // world_size() for name in _OF_THE_MODEL} | {"gathered to save": saved}
     elif world_size() > 1:
         memory["gradients"] *= 2
     return memory
@@ -1538,7 +1539,6 @@ class Forecast:
         """List what is not foreseen."""
         left_out = ["preparing the data", "stories told on the way", "saving"]
         left_out += ["what the processes send to each other"] * (self.processes > 1)
-        left_out += ["the layers that FSDP gathers for a moment"] * self.config.fsdp
         return left_out + ["the compiler, and the memory that its code saves"] * self.config.compile
 
     def _fits(self) -> str:
