@@ -1,29 +1,40 @@
-"""Time a training step of the reference preset in float32 on the CPU, beside Hugging Face's Llama; print tables.
+"""Time a training step of the reference preset on the CPU, beside Hugging Face's Llama; print tables.
 
-A step is forward, backward, clipping and AdamW. tinylm runs its own; Hugging Face's model of the same shape runs with
-PyTorch's cross-entropy, clipping and fused AdamW. The third row is the machine's limit: the matrix products with
-weights of the same step alone, in their shapes, one after the other (sgemm). Rounds alternate between the three in one
-process, and the median round counts. Peak memory is measured in a process for each model.
+A step is forward, backward, clipping and AdamW. tinylm runs its own in float32, in bfloat16, and compiled; Hugging
+Face's model of the same shape runs in float32 with PyTorch's cross-entropy, clipping and fused AdamW. The last row is
+the machine's limit: the matrix products with weights of the same step alone, in their shapes, one after the other
+(sgemm). Rounds alternate between them in one process, and the median round counts. Peak memory is measured in a process
+for each model, beyond what the process held before it built the model, so that no library's own size counts. A token
+file is read from the system's memory and, after that was told to forget it, from the disk.
 
 The peer is optional: pip install transformers
 """
 import argparse
 import json
+import operator
+import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+try:
+    from transformers import LlamaConfig, LlamaForCausalLM
+except ImportError:
+    LlamaForCausalLM = None
+
 from tinylm.data import peak_memory
 from tinylm.model import TransformerLM, flops_per_token
 from tinylm.optim import AdamW
-from tinylm.train import PRESETS, _commit, _environment, get_batch, train_step
+from tinylm.train import _COMPILERS, PRESETS, _commit, _environment, get_batch, train_step
 
 KINDS = {"matrix products": ("mm", "bmm", "addmm"), "attention": ("attention",), "optimizer": ("optimizer",)}
 
@@ -31,12 +42,11 @@ KINDS = {"matrix products": ("mm", "bmm", "addmm"), "attention": ("attention",),
 def tinylm_step(config, x, y):
     model = TransformerLM(config)
     optimizer = AdamW(model.parameters(), weight_decay=config.weight_decay)
-    return lambda: train_step(model, optimizer, (x, y), config, 1)
+    forward = torch.compile(model) if config.compile else model
+    return lambda: train_step(forward, optimizer, (x, y), config, 1)
 
 
 def hf_step(config, x, y):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     sizes = LlamaConfig(
         vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
         num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, attention_bias=False,
@@ -52,6 +62,25 @@ def hf_step(config, x, y):
         optimizer.step()
 
     return step
+
+
+STEPS = {  # name -> how to build the step, and what is changed in the config
+    "tinylm": (tinylm_step, {}),
+    "tinylm, bfloat16": (tinylm_step, {"dtype": "bfloat16"}),
+    "tinylm, compiled": (tinylm_step, {"compile": True}),
+    "Hugging Face": (hf_step, {}),
+}
+
+
+def names():
+    "What can run here."
+    can = {"tinylm, compiled": any(map(shutil.which, _COMPILERS)), "Hugging Face": LlamaForCausalLM is not None}
+    return [name for name in STEPS if can.get(name, True)]
+
+
+def build(name, config, x, y):
+    make, changes = STEPS[name]
+    return make(replace(config, **changes), x, y)
 
 
 def products_step(config, x, y):
@@ -87,7 +116,7 @@ def measure(config, threads, rounds):
     torch.set_num_threads(threads)
     x, y = data(config)
     products, flops = products_step(config, x, y)
-    steps = {"tinylm": tinylm_step(config, x, y), "Hugging Face": hf_step(config, x, y), "products alone": products}
+    steps = {**{name: build(name, config, x, y) for name in names()}, "products alone": products}
     for step in steps.values():
         step()
     times = {name: [] for name in steps}
@@ -114,18 +143,26 @@ def measure_optimizers(config, rounds):
 
 
 def measure_batches(config, rounds):
-    "Seconds of fetching a batch from a token file of 200 MB."
-    with tempfile.NamedTemporaryFile() as file:
-        np.random.default_rng(0).integers(config.vocab_size, size=10**8, dtype=np.uint16).tofile(file.name)
-        tokens, rng = np.memmap(file.name, np.uint16, "r"), np.random.default_rng(1)
-        return [seconds(lambda: get_batch(tokens, config.batch_size, config.context_length, "cpu", rng))
-                for _ in range(rounds)]
+    "Seconds of fetching a batch from a token file of 200 MB: held in memory by the system, and from the disk."
+    rng, times = np.random.default_rng(1), {"in memory": [], "from disk": []}
+    with tempfile.NamedTemporaryFile(dir=Path(__file__).parent) as file:
+        np.random.default_rng(0).integers(config.vocab_size, size=10**8, dtype=np.uint16).tofile(file)
+        os.fsync(file.fileno())
+        for name, values in times.items():
+            for _ in range(rounds):
+                if name == "from disk":
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # forget what no map holds
+                tokens = np.memmap(file.name, np.uint16, "r")
+                values.append(seconds(
+                    lambda t=tokens: get_batch(t, config.batch_size, config.context_length, "cpu", rng)))
+                del tokens
+    return times
 
 
 def profile(config):
     "Share of each kind of work in a step, by PyTorch's profiler."
     x, y = data(config)
-    step = tinylm_step(config, x, y)
+    step = build("tinylm", config, x, y)
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()
@@ -138,10 +175,16 @@ def profile(config):
     return {kind: value / total for kind, value in sorted(work.items(), key=lambda pair: -pair[1])}
 
 
-def peak(name, batch_size):
-    "Peak memory of a process that takes two steps, in MB."
-    done = subprocess.run([sys.executable, __file__, "--peak", name, "--batch-size", str(batch_size)],
-                          capture_output=True, text=True, encoding="utf-8", check=True)
+def held():
+    "Bytes that this process holds now."
+    with open("/proc/self/statm", encoding="utf-8") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak(name, options):
+    "Peak memory of a process that takes two steps, beyond what it held before it built the model, in MB."
+    done = subprocess.run([sys.executable, __file__, "--peak", name, "--batch-size", str(options.batch_size),
+                           "--preset", options.preset], capture_output=True, text=True, encoding="utf-8", check=True)
     return float(done.stdout.split()[-1])
 
 
@@ -151,21 +194,26 @@ def main():
     parser.add_argument("--batch-size", type=int, default=8, help="windows of 256 tokens")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", help="also write the figures here")
-    parser.add_argument("--peak", choices=["tinylm", "Hugging Face"], help=argparse.SUPPRESS)
+    parser.add_argument("--preset", choices=PRESETS, default="reference", help="another one is a quick try")
+    parser.add_argument("--peak", choices=STEPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    config = replace(PRESETS["reference"], batch_size=options.batch_size)
+    config = replace(PRESETS[options.preset], batch_size=options.batch_size)
     if options.peak:
-        step = (tinylm_step if options.peak == "tinylm" else hf_step)(config, *data(config))
+        tiny = replace(PRESETS["debug"], batch_size=1)
+        build(options.peak, tiny, *data(tiny))()  # loads all code that a step needs
+        before = held()
+        step = build(options.peak, config, *data(config))
         step(), step()
-        print(peak_memory() / 1e6)
+        print((peak_memory() - before) / 1e6)
         return
 
     tokens = config.batch_size * config.context_length
     needed = 3 * flops_per_token(config) * tokens
     record = {"command": " ".join(["python benchmarks/train.py", *sys.argv[1:]]), "batch_size": config.batch_size,
-              "rounds": options.rounds, "commit": _commit(), "environment": _environment("cpu"),
-              "peak_mb": {name: peak(name, config.batch_size) for name in ("tinylm", "Hugging Face")}}
-    record["steps"], record["optimizers"] = {}, {}
+              "preset": options.preset, "rounds": options.rounds, "commit": _commit(),
+              "environment": _environment("cpu"),
+              "peak_mb": {name: peak(name, options) for name in names() if name != "tinylm, compiled"}}
+    record["steps"], record["optimizers"], ratios = {}, {}, []
     print("| threads | | s a step | tokens/s | GFLOP/s | share of products alone | peak MB |")
     print("|---:|---|---:|---:|---:|---:|---:|")
     for threads in options.threads:
@@ -177,16 +225,22 @@ def main():
             memory = f"{record['peak_mb'][name]:,.0f}" if name in record["peak_mb"] else ""
             speed = "" if name == "products alone" else f"{tokens / middle:,.0f}"
             print(f"| {threads} | {name} | {middle:.2f} | {speed} | {rate / 1e9:.1f} | {rate / limit:.2f} | {memory} |")
-        ratios = [hf / ours for hf, ours in zip(times["Hugging Face"], times["tinylm"], strict=True)]
-        record["steps"][threads] = {"seconds": times, "flops": {"step": needed, "products": flops},
-                                    "faster_than_hf": statistics.median(ratios)}
+        record["steps"][threads] = {"seconds": times, "flops": {"step": needed, "products": flops}}
+        for name in ("tinylm, bfloat16", "tinylm, compiled", "Hugging Face"):
+            if name in times:
+                ratio = statistics.median(map(operator.truediv, times[name], times["tinylm"]))
+                ratios.append(f"{threads} thread(s): {name} takes {ratio:.2f} times as long as tinylm")
+        if "Hugging Face" in times:
+            record["steps"][threads]["faster_than_hf"] = ratio
         record["optimizers"][threads] = optimizers = measure_optimizers(config, 3 * options.rounds)
         ours, fused = (1000 * statistics.median(values) for values in optimizers.values())
-        print(f"\n{threads} thread(s): {statistics.median(ratios):.2f} times as fast as Hugging Face (median ratio "
-              f"of the rounds); AdamW {ours:.0f} ms, fused {fused:.0f} ms\n")
+        ratio = statistics.median(map(operator.truediv, *optimizers.values()))
+        ratios.append(f"{threads} thread(s): AdamW {ours:.1f} ms, PyTorch's fused {fused:.1f}, ratio {ratio:.2f}")
+    print("\nMedian ratios of the rounds:", *ratios, sep="\n- ", end="\n\n")
     record["batch_seconds"] = measure_batches(config, 100)
     record["profile"] = profile(config)
-    print(f"A batch from a token file: {1000 * statistics.median(record['batch_seconds']):.2f} ms")
+    for place, values in record["batch_seconds"].items():
+        print(f"A batch from a token file, {place}: {1000 * statistics.median(values):.2f} ms")
     print("Where a step goes:", ", ".join(f"{kind} {share:.0%}" for kind, share in record["profile"].items()))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

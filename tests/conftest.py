@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # for no longer: while Playwright's event loop runs, wandb writes nothing
 def browser():
     "A real browser without a window: Debian's chromium, or the Chrome that other systems have."
     path = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)

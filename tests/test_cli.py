@@ -15,6 +15,7 @@ import pytest
 
 from tinylm import cli
 from tinylm.data import fables
+from tinylm.tokenizer import TokenFile, Tokenizer
 
 SMALL = ("--preset debug --vocab_size 300 --context_length 16 --d_model 16 --num_heads 2 --d_ff 32 --num_layers 1 "
          "--batch_size 4 --max_steps 10 --eval_every 5 --checkpoint_every 5 --log_every 5 --device cpu").split()
@@ -289,10 +290,17 @@ def test_tokenize_tells_and_reuses(own, capfd):
     argv = ["tokenize", "--corpus", "corpus.txt", "--vocab_size", "320"]
     assert cli.main(argv) == 0
     out, err = capfd.readouterr()
-    assert "bytes per token" in out and "longest tokens" in out and "training a tokenizer" in err
+    assert "longest tokens" in out and "training a tokenizer" in err and "already" not in out
     made = {p: p.stat().st_mtime_ns for p in own.glob("data/*/vocab-320/*")}
+    told = re.findall(r"^(\S+\.bin): (.*)$", out, re.MULTILINE)
+    assert len(told) == 2
+    for name, words in told:
+        tokenizer, ids = Tokenizer.load(own / Path(name).parent), TokenFile.load(own / name).tokens()
+        num_bytes = len(tokenizer.decode(ids).encode())
+        assert words == f"{len(ids):,} tokens, {num_bytes / len(ids):.2f} bytes per token"
     assert cli.main(argv) == 0
-    assert "training a tokenizer" not in capfd.readouterr().err
+    out, err = capfd.readouterr()
+    assert "training a tokenizer" not in err and out.count("bytes per token (was there already)") == 2
     assert made and made == {p: p.stat().st_mtime_ns for p in own.glob("data/*/vocab-320/*")}
 
 

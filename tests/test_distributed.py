@@ -19,7 +19,8 @@ import tinylm.train
 from tinylm import cli
 from tinylm.data import InputError
 from tinylm.distributed import joined, rank
-from tinylm.train import Diverged, Stopped, TrainConfig, load_run, resume, train
+from tinylm.model import num_parameters
+from tinylm.train import Diverged, Stopped, TrainConfig, forecast, load_run, resume, train
 
 CLOSE = {"rtol": 0, "atol": 1e-5}  # nats per token: sums are made in another order
 STEPS = 24
@@ -56,7 +57,15 @@ def runs_of(base, folder):
         "clock": lambda: train(config("clock", max_minutes=5)),
         "poison": lambda: train(config("poison")),
         "full": lambda: train(config("full")),
+        "plan": lambda: plan(config("plan", fsdp=True), config("plan")),
     }
+
+
+def plan(*configs):
+    "Foresee runs of two processes; the path that is returned tells the sizes of gradients in them."
+    foreseen = [forecast(config, budget=0) for config in configs]
+    assert all("shared by 2 processes" in str(it) for it in foreseen) and "gathered to save" in str(foreseen[0])
+    return Path("-".join(str(it.memory["gradients"] // num_parameters(it.config)) for it in foreseen))
 
 
 def trouble(run, patch):
@@ -203,6 +212,7 @@ def test_one_process_stopped_goes_on_with_fsdp(two, alone):
     ("clock", "done clock"),
     ("poison", "Diverged: training diverged at step 9: loss nan"),
     ("full", "No space left on device"),
+    ("plan", "done 2-8"),
 ])
 def test_what_befalls_one_stops_all(two, name, end):
     for report in two[1]:

@@ -1,5 +1,6 @@
 """The faults that training must survive, with real processes that are really killed."""
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from test_train import one_thread  # noqa: F401
-from tiny import checkpoints, metrics, result, tell
+from tiny import checkpoints, metrics, result, tell, write_fables
 from torch.testing import assert_close
 
 import tinylm.train
@@ -77,6 +78,11 @@ def newest(run):
     return int(folders[-1].name[5:]) if folders else 0
 
 
+def unfinished(run):
+    "Whether a checkpoint is half-written at this moment."
+    return any((Path(run) / "checkpoints").glob(".*.tmp"))
+
+
 def go_on(config):
     "In a child: begin the run, or go on with it."
     torch.set_num_threads(1)
@@ -92,19 +98,22 @@ def contents(folder):
 
 
 def test_killed_30_times_while_saving_equals_never_stopped(config, start, tmp_path, capfd):
-    "A run that does little else than save, killed at random instants: what it left behind always loads."
+    "A run that does little else than save, killed at random instants of its saves: what it left always loads."
     config = replace(config, checkpoint_every=1, max_steps=100_000, cosine_cycle_iters=300, eval_every=10)
-    dice = random.Random(0)
+    dice, torn = random.Random(0), 0
     for _ in range(30):
         before = newest(config.run_dir)
         child = start(go_on, config)
         wait(lambda before=before: newest(config.run_dir) > before, child)
-        time.sleep(dice.random() * 0.02)
+        wait(lambda: unfinished(config.run_dir), child)
+        time.sleep(dice.random() * 0.002)
         child.kill()
         child.join()
+        torn += unfinished(config.run_dir)
         capfd.readouterr()
         load_run(config.run_dir)
         assert "before it" not in capfd.readouterr().err, "a torn checkpoint had the name of a whole one"
+    assert torn >= 5, f"only {torn} of 30 kills hit a save"
     end = newest(config.run_dir) + 3
     resume(config.run_dir, tell, max_steps=end)
     straight = train(replace(config, run_dir=str(tmp_path / "straight"), max_steps=end), tell)
@@ -231,6 +240,22 @@ def test_a_full_disk(config, disk, capfd):
     assert metrics(run)[-1]["step"] == 60
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a system without /dev/full")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt"])
+def test_a_log_on_a_full_disk_is_named(config, capfd, monkeypatch, name):
+    def fill(model, tokenizer, step):
+        path = Path(config.run_dir) / name
+        path.unlink(missing_ok=True)
+        path.symlink_to("/dev/full")
+        return "a story"
+
+    monkeypatch.setattr(cli, "_story", fill)
+    run = train(replace(config, max_steps=14))
+    line = one_line(capfd, "train", "--resume", run, "--max_steps", "60", "--checkpoint_every", "1000")
+    assert f"{run / name}: cannot write (No space left" in line
+    assert newest(run) == 14
+
+
 def test_a_read_only_disk(config, disk, capfd):
     run = train(replace(config, run_dir=str(disk / "run"), max_steps=30))
     before = contents(disk)
@@ -308,12 +333,13 @@ def test_every_flipped_bit_of_the_state_is_noticed(config, tmp_path):
         load_checkpoint(tmp_path / "c", model, optimizer)
 
 
-def test_all_checkpoints_damaged_is_said(config):
+def test_all_checkpoints_damaged_is_said(config, capsys):
     run = train(config)
     for folder in checkpoints(run):
         flip_a_bit(folder / "model.safetensors")
     with pytest.raises(InputError, match="none of its 3 checkpoints"):
         resume(run)
+    assert capsys.readouterr().err.count("; trying the checkpoint before it\n") == 2
 
 
 def test_a_log_line_cut_off_by_a_crash_is_no_line(config):
@@ -326,6 +352,37 @@ def test_a_log_line_cut_off_by_a_crash_is_no_line(config):
     assert metrics(run) == rows
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt"])
+@pytest.mark.parametrize("left", [0, 100, None])
+def test_a_log_that_lost_lines_is_told(config, capfd, monkeypatch, name, left):
+    "Nothing is cut or written before somebody insists; then the gap is on record, and the log is whole lines."
+    run = train(replace(config, max_steps=30), tell)
+    size = (run / name).stat().st_size
+    (run / name).unlink() if left is None else os.truncate(run / name, left)
+    before = contents(run)
+    line = one_line(capfd, "train", "--resume", run, "--max_steps", "40")
+    assert f"{run / name}: {left or 0} bytes, expected at least {size:,}: lines are lost; bring the file back" in line
+    assert {path for path, data in contents(run).items() if data != before.get(path)} <= {run / ".lock"}
+    monkeypatch.setattr(cli, "_story", tell)
+    for steps in ("30", "40"):
+        assert cli.main(["train", "--resume", str(run), "--max_steps", steps, "--allow_changes"]) == 0
+    lost = {"step": 30, "changes": {name: [size, left or 0]}}
+    assert tinylm.train._read_config(run)[1]["history"][:1] == [lost] and metrics(run)[-1]["step"] == 40
+
+
+@pytest.mark.parametrize("name", ["step-00000099", "step-99", "step-old"])
+def test_a_checkpoint_under_a_wrong_name_is_not_used(config, capsys, name):
+    run = train(config, tell)
+    whole = result(run)
+    checkpoints(run)[-1].rename(run / "checkpoints" / name)
+    load_run(run)
+    assert f"{name}: holds step 60; if it is this run's, name it step-00000060; trying the checkpoint before it" in \
+        capsys.readouterr().err
+    shutil.rmtree(run / "checkpoints" / name)
+    resume(run, tell)
+    assert result(run) == whole
+
+
 # --- 4: no pickle
 
 
@@ -334,18 +391,22 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
+def sign(folder, without=""):
+    "Give a changed checkpoint checksums that fit."
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    del state["sha256"]
+    state["extra"].pop(without, None)
+    state["sha256"] = tinylm.train._checksums(folder, state)
+    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
 def test_a_pickle_in_place_of_a_checkpoint_is_refused(config, name, tmp_path, monkeypatch, capsys):
     "Even one whose checksums fit, as an attacker would make them."
     run = train(replace(config, max_steps=14))
     monkeypatch.chdir(tmp_path)
-    folder = checkpoints(run)[-1]
-    files = {path.name: path.read_bytes() for path in folder.iterdir()} | {name: pickle.dumps(Bomb())}
-    state = json.loads(files["state.json"])
-    del state["sha256"]
-    state["sha256"] = tinylm.train._checksums(files, state)
-    (folder / name).write_bytes(files[name])
-    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    (checkpoints(run)[-1] / name).write_bytes(pickle.dumps(Bomb()))
+    sign(checkpoints(run)[-1])
     load_run(run)
     assert f"{name}: not a safetensors file" in capsys.readouterr().err
     assert not (tmp_path / "exploded").exists()
@@ -365,6 +426,79 @@ def test_nothing_is_unpickled(config, monkeypatch):
 
 
 # --- 5: another config on resume
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    "A run of 14 steps with two heads, to copy."
+    return train(replace(base, run_dir=str(tmp_path_factory.mktemp("finished") / "run"), max_steps=14), tell)
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    "A copy of it, to spoil."
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def edit_config(run, **changes):
+    "Change config.json behind the back of the command."
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+@pytest.mark.parametrize("change", [
+    {"num_heads": 4}, {"rope_theta": 500.0}, {"norm": "post"}, {"use_rope": False}, {"d_model": 32}, {"seed": 1},
+    {"lr": 0.5}, {"min_lr": 0.001}, {"batch_size": 8}, {"grad_accum_steps": 2}, {"dtype": "bfloat16"}, {"beta1": 0.5},
+    {"beta2": 0.5}, {"weight_decay": 0.5}, {"max_l2_norm": 9.0}, {"warmup_iters": 6}, {"cosine_cycle_iters": 70},
+    {"compile": True}, {"log_every": 5}, {"eval_every": 5}, {"eval_windows": 5}, {"preset": "laptop"},
+], ids=lambda change: min(change))
+def test_a_config_changed_by_an_editor_is_refused(base, copied, change):
+    "Most of these leave all shapes as they were, so that the weights would load."
+    edit_config(copied, **change)
+    before = contents(copied)
+    (name, new), = change.items()
+    said = f"step-00000014: made with {name} {getattr(base, name)} (config.json: {new}); put back the one"
+    for use in (load_run, lambda run: resume(run, allow_changes=True)):
+        with pytest.raises(InputError, match=re.escape(said)):
+            use(copied)
+    assert {path for path, data in contents(copied).items() if data != before[path]} <= {copied / ".lock"}
+
+
+@pytest.mark.parametrize("change, name", [({"seed": 5}, "seed 5"), ({"corpus": "train.txt"}, "tokenizer "),
+                                          ({"val_corpus": "valid.txt"}, "validation text ")])
+def test_checkpoints_of_another_run_are_refused(base, copied, tmp_path, change, name):
+    "Even if all shapes are equal, and if only the texts were others."
+    texts = {key: write_fables(tmp_path / file, 300, 9) for key, file in change.items() if key != "seed"}
+    other = train(replace(base, **change | texts, run_dir=str(tmp_path / "other"), max_steps=14))
+    shutil.rmtree(copied / "checkpoints")
+    shutil.copytree(other / "checkpoints", copied / "checkpoints")
+    for use in (load_run, resume):
+        with pytest.raises(InputError, match=f"step-00000014: made with .*{name}"):
+            use(copied)
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_made_with_is_loaded(copied):
+    "As those of older versions do not."
+    for folder in checkpoints(copied):
+        sign(folder, without="made_with")
+    load_run(copied)
+    resume(copied, max_steps=20)
+
+
+def test_changes_that_were_recorded_are_none_for_the_checkpoints_before_them(copied, tmp_path):
+    "Also if a run is killed after the change was noted and before the next checkpoint, and is changed once more."
+    older = shutil.copytree(checkpoints(copied)[-1], tmp_path / "older")
+    for lr in (0.02, 0.03):
+        resume(copied, changes={"lr": lr, "max_steps": 21}, allow_changes=True)
+        for folder in checkpoints(copied)[1:]:
+            shutil.rmtree(folder)
+        shutil.copytree(older, copied / "checkpoints" / "step-00000014", dirs_exist_ok=True)
+        load_run(copied)
+    assert [event["changes"]["lr"] for event in tinylm.train._read_config(copied)[1]["history"]] == \
+        [[0.01, 0.02], [0.02, 0.03]]
+    edit_config(copied, lr=0.04)
+    with pytest.raises(InputError, match="made with lr 0.01 "):
+        load_run(copied)
 
 
 @pytest.mark.parametrize("change", [{"d_model": 32}, {"num_layers": 2}, {"norm": "post"}, {"vocab_size": 500},
@@ -506,6 +640,22 @@ def test_a_gradient_alone_that_is_no_number_stops_before_the_update(config):
     assert all(p.isfinite().all() for p in load_run(config.run_dir)[0].parameters())
 
 
+def test_a_validation_loss_that_is_no_number_stops_the_run(config, monkeypatch):
+    "An update of finite gradients that reaches infinity exactly where an evaluation is due."
+    def overflow(optimizer, closure=None):
+        real(optimizer, closure)
+        if next(count) == 20:
+            optimizer.param_groups[0]["params"][-1].data[0, 0] = math.inf
+
+    real, count = AdamW.step, itertools.count(1)
+    monkeypatch.setattr(AdamW, "step", overflow)
+    with pytest.raises(Diverged) as stopped:
+        train(config)
+    last = metrics(config.run_dir)[-1]
+    assert stopped.value.step == last["step"] == 20 and last["diverged"] and last["val_loss"] is None
+    assert last["divergence"]["loss"] in ("inf", "nan") and checkpoints(config.run_dir)[-1].name == "step-00000014"
+
+
 def test_spoiled_weights_are_not_saved(config):
     "An update that reaches infinity exactly where a checkpoint is due."
     def spoil(model, tokenizer, step):
@@ -610,6 +760,16 @@ def test_two_writers(config, start, tmp_path):
     child.join()
     resume(config.run_dir, tell)
     assert result(config.run_dir) == result(straight)
+
+
+def test_a_file_system_without_locks_is_told(config, monkeypatch, capfd):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    run = train(replace(config, max_steps=14))
+    assert f"{run}: no locks on this file system (No locks available); see that no other" in capfd.readouterr().err
 
 
 def test_a_run_is_read_while_it_is_written(config, start, tmp_path):

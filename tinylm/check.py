@@ -178,7 +178,7 @@ class Part(NamedTuple):
     may_use: tuple[Callable, ...] = ()  # what an answer may take from the book; an exercise may use all chapters
 
 
-PARTS: dict[str, Part] = {}
+PARTS: dict[str, Part] = {}  # name -> all that one may bring; the next chapter adds the exercises
 
 # %% ../nbs/11_check.ipynb #af7b7c79
 def _but(base: type, **methods: Any) -> type:

@@ -30,7 +30,7 @@ from . import __version__
 from .data import END_OF_TEXT, InputError, fetch_corpus, peak_memory, read_documents
 
 # %% ../nbs/10_cli.ipynb #3ac56cc0
-Options = TypeVar("Options")
+Options = TypeVar("Options")  # a dataclass whose fields are the flags of a verb
 Given = dict[str, list[str]]  # field -> the flag and its value, as tyro takes them
 
 
@@ -176,14 +176,15 @@ def _tokenize(argv: Sequence[str]) -> int:
 
     from tinylm.train import PRESETS, prepare
 
-    began, before = time.perf_counter(), peak_memory()
+    began, before = time.time(), peak_memory()
     tokenizer, *files = prepare(replace(PRESETS["laptop"], **vars(options)))
-    seconds, peak = time.perf_counter() - began, peak_memory()
+    seconds, peak = time.time() - began, peak_memory()
     lengths = np.array([len(tokenizer.vocab[i]) for i in range(tokenizer.vocab_size)])
     for file in files:
         tokens = file.tokens()
         num_bytes = sum(int(lengths[tokens[i:i + 2**20]].sum()) for i in range(0, file.count, 2**20))
-        print(f"{file.path}: {file.count:,} tokens, {num_bytes / max(1, file.count):.2f} bytes per token")
+        reused = " (was there already)" if file.path.stat().st_mtime < began else ""
+        print(f"{file.path}: {file.count:,} tokens, {num_bytes / max(1, file.count):.2f} bytes per token{reused}")
     words = [token for token in tokenizer.vocab.values() if token != END_OF_TEXT.encode()]
     longest = sorted(words, key=len, reverse=True)[:8]
     print("longest tokens:", ", ".join(repr(t.decode("utf-8", "replace")) for t in longest))

@@ -281,26 +281,29 @@ def flops_per_token(
     return 2 * (matrices + scores_and_averages)
 
 # %% ../nbs/03_model.ipynb #1ff779f7
-def _saved_per_token(config: ModelConfig) -> int:
-    "Count the float32 numbers that the forward pass keeps for the backward pass, for each token."
-    d, has_norm = config.d_model, config.norm != "none"
-    norm = d + 1 if has_norm else 0  # its input and the root
-    attention = norm + d + 3 * d + config.num_heads + d  # input, q k v, sums of exponentials, heads
-    feed_forward = norm + d + 3 * config.d_ff  # with a gate: both sides and their product; else silu's steps
-    return config.num_layers * (attention + feed_forward) + norm + d + 2  # ids take two
+def _saved_per_token(config: ModelConfig, dtype: str) -> int:
+    "Count the bytes that the forward pass keeps for the backward pass, for each token."
+    d, short = config.d_model, dtype == "bfloat16"
+    attention = 7 + config.use_rope if short else 5  # times D: input, q k v, heads; short ones need copies
+    feed_forward = 1 + (short and config.ffn == "swiglu")  # times D: the input, a copy for each matrix
+    in_products = config.num_layers * ((attention + feed_forward) * d + 3 * config.d_ff) + d
+    norms = 0 if config.norm == "none" else (2 * config.num_layers + 1) * (d + 1)  # their inputs and roots
+    exact = norms + config.num_layers * config.num_heads + 2  # sums of exponentials; ids take two
+    return (2 if short else 4) * in_products + 4 * exact
 
 # %% ../nbs/03_model.ipynb #27b0ac4c
 def memory_table(
     config: ModelConfig,  # sizes and switches
     batch_size: int,  # B, sequences in a training step
-) -> dict[str, int]:  # bytes by purpose, in float32
+    dtype: str = "float32",  # numbers in the matrix products, or "bfloat16"
+) -> dict[str, int]:  # bytes by purpose
     "Estimate the memory of a training step on full contexts with AdamW."
-    weights = 4 * num_parameters(config)
-    tokens = batch_size * config.context_length
+    weights, parts, short = 4 * num_parameters(config), parameter_table(config), dtype == "bfloat16"
+    tokens, matrices = batch_size * config.context_length, parts["attention"] + parts["feed-forward"] + parts["head"]
     return {
-        "weights": weights,
+        "weights": weights + 2 * matrices * short,  # with a short copy of each matrix
         "gradients": weights,
         "optimizer": 2 * weights,
-        "activations": 4 * tokens * _saved_per_token(config),
-        "logits and their gradient": 4 * tokens * 2 * config.vocab_size,
+        "activations": tokens * _saved_per_token(config, dtype),
+        "logits and their gradient": tokens * (10 if short else 8) * config.vocab_size,
     }

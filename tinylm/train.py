@@ -11,6 +11,7 @@ __all__ = ['PRESETS', 'get_batch', 'evaluate', 'evaluate_stories', 'fables_floor
 import errno
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -26,13 +27,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -270,7 +270,7 @@ def _check_training(config: TrainConfig) -> None:
         raise InputError(f"warmup_iters {config.warmup_iters} must be less than cosine_cycle_iters {cycle}")
 
 # %% ../nbs/05_train.ipynb #a9783d91
-PRESETS = {
+PRESETS = {  # what `--preset` begins with
     "debug": TrainConfig(
         preset="debug", vocab_size=1792, context_length=256, d_model=32, num_layers=2, num_heads=2, d_ff=96,
         lr=2e-2, batch_size=8, warmup_iters=5, cosine_cycle_iters=40,
@@ -426,18 +426,46 @@ def train_step(
     optimizer.step()
     return loss_value, norm_value
 
+# %% ../nbs/05_train.ipynb #06b3c869
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def _write_tensors(file: BinaryIO, tensors: dict[str, Tensor]) -> str:
+    """Write tensors in the format of safetensors, without a copy of them all; return the SHA-256."""
+    header, end = {}, 0
+    for name, x in tensors.items():
+        begin, end = end, end + x.nbytes
+        header[name] = {"dtype": _DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    parts: Iterator[Any] = itertools.chain([len(text).to_bytes(8, "little"), text], map(_bytes_of, tensors.values()))
+    for part in parts:
+        digest.update(part)
+        file.write(part)
+    return digest.hexdigest()
+
+
+def _bytes_of(x: Tensor) -> Any:
+    """Look at the bytes of a tensor in main memory; one that is not whole is copied first."""
+    return x.contiguous().view(-1).view(torch.uint8).numpy()
+
 # %% ../nbs/05_train.ipynb #32dc456e
 @on_rank0
-def _write_folder(out: Path, files: dict[str, bytes]) -> None:
-    """Write a folder of files all at once: after a crash it is either whole or not there."""
+def _write_folder(out: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Write the files of a checkpoint all at once: after a crash they are either all there or none."""
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
-        for name, data in files.items():
-            with open(temporary / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        checksums = {"state.json": _state_sha256(state)}
+        for name, content in tensors.items():
+            with _stored(temporary / name) as file:
+                checksums[name] = _write_tensors(file, content)
+        with _stored(temporary / "state.json") as file:
+            file.write(json.dumps({**state, "sha256": checksums}, indent=1).encode())
         _sync_folder(temporary)
         if out.exists():
             shutil.rmtree(_aside(out), ignore_errors=True)
@@ -448,16 +476,29 @@ def _write_folder(out: Path, files: dict[str, bytes]) -> None:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
-            message = f"{out}: cannot write ({error.strerror}); free some space or choose another folder"
-            raise InputError(message) from error
+            raise _cannot_write(out, error) from error
         raise
 
 # %% ../nbs/05_train.ipynb #4db529db
+def _cannot_write(path: Path, error: OSError) -> InputError:
+    """Name the place that cannot be written, which the system's own message leaves out."""
+    return InputError(f"{path}: cannot write ({error.strerror}); free some space or choose another folder")
+
+
 def _aside(out: Path) -> Path:
     """Name the place where an older checkpoint waits until the one that replaces it is there."""
     return out.with_name(f".{out.name}.old.tmp")
 
 # %% ../nbs/05_train.ipynb #2e5676ec
+@contextmanager
+def _stored(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file, and make the disk store what was written."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _sync_folder(folder: Path) -> None:
     """Make the disk store a folder's list of names (a no-op on Windows)."""
     if os.name != "nt":
@@ -504,45 +545,48 @@ def save_checkpoint(
     """
     moments, numbers = _pack_optimizer(model, optimizer)
     tensors = {"model.safetensors": model.state_dict(), "optimizer.safetensors": moments}
-    files = {name: save_tensors(gathered(content)) for name, content in tensors.items()}
     state = {"iteration": iteration, "optimizer": numbers, "extra": extra or {}}
-    files["state.json"] = json.dumps({**state, "sha256": _checksums(files, state)}, indent=1).encode()
-    _write_folder(Path(out), files)
+    _write_folder(Path(out), {name: gathered(content) for name, content in tensors.items()}, state)
 
 # %% ../nbs/05_train.ipynb #2c5baf65
-_CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 
 
-def _checksums(files: dict[str, bytes], state: dict[str, Any]) -> dict[str, str]:
-    """Compute the SHA-256 of each tensor file and of the rest of state.json."""
-    contents = {name: data for name, data in files.items() if name.endswith(".safetensors")}
-    contents["state.json"] = json.dumps(state, sort_keys=True).encode()
-    return {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+def _state_sha256(state: dict[str, Any]) -> str:
+    """Compute the SHA-256 of state.json without its checksums."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, str]:
+    """Compute the SHA-256 of each file of a checkpoint as it lies on the disk."""
+    return {name: file_sha256(folder / name) for name in _TENSOR_FILES} | {"state.json": _state_sha256(state)}
 
 # %% ../nbs/05_train.ipynb #f84c04b6
-def _read_checkpoint(src: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Read a checkpoint's files and check them. Raises InputError naming the file that is missing or damaged."""
+def _read_state(src: Path) -> tuple[Path, dict[str, Any]]:
+    """Check the files of a checkpoint; return where they lie, and state.json.
+
+    Raises InputError naming the file that is missing or damaged."""
     if not src.exists() and _aside(src).exists():  # killed between the two renames
         src = _aside(src)
     try:
-        files = {name: (src / name).read_bytes() for name in _CHECKPOINT_FILES}
-        state = json.loads(files["state.json"])
+        state = json.loads((src / "state.json").read_bytes())
         expected = state.pop("sha256")
+        found = _checksums(src, state)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot read this part of a checkpoint ({error.strerror})") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{src / 'state.json'}: damaged, not the JSON of a checkpoint") from error
-    for name, found in _checksums(files, state).items():
-        if found != expected.get(name):
-            raise InputError(f"{src / name}: damaged, its SHA-256 {found[:12]}... is not the one in state.json")
-    return files, state
+    for name, sha256 in found.items():
+        if sha256 != expected.get(name):
+            raise InputError(f"{src / name}: damaged, its SHA-256 {sha256[:12]}... is not the one in state.json")
+    return src, state
 
 # %% ../nbs/05_train.ipynb #0cfc6a54
-def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
-    """Unpack a safetensors file. Raises InputError if it is something else, however well its checksum fits."""
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises InputError if it is something else, however well its checksum fits."""
     try:
-        return load_tensors(data)
-    except SafetensorError as error:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a safetensors file ({error})") from error
 
 # %% ../nbs/05_train.ipynb #e920eb98
@@ -555,18 +599,23 @@ def load_checkpoint(
 
     Raises InputError when a file is missing or damaged, or when the model has another shape.
     """
-    src = Path(src)
-    files, state = _read_checkpoint(src)
-    weights, moments = (_tensors(src / name, files[name]) for name in _CHECKPOINT_FILES[:2])
+    folder, state = _read_state(Path(src))
+    _fill(folder, state, model, optimizer)
+    return state["iteration"]
+
+
+def _fill(src: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Put the numbers of a checkpoint into model and optimizer."""
+    weights = _tensors(src / "model.safetensors")
     ours = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     theirs = {name: tuple(p.shape) for name, p in weights.items()}
     if ours != theirs:
         name = min(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
         raise InputError(f"{src}: does not fit: {name} is {theirs.get(name)} there and {ours.get(name)} in the model")
+    moments = _tensors(src / "optimizer.safetensors")
     model.load_state_dict(weights)
     if optimizer is not None:
         _unpack_optimizer(model, optimizer, moments, state["optimizer"])
-    return state["iteration"]
 
 # %% ../nbs/05_train.ipynb #e453b8b4
 _CHECKPOINTS_KEPT = 3
@@ -576,24 +625,54 @@ def _checkpoints(run_dir: Path) -> list[Path]:
     """List a run's checkpoints, the newest first."""
     return sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
 
+
+def _checkpoint_name(step: int) -> str:
+    """Name the checkpoint of a step."""
+    return f"step-{step:08d}"
+
 # %% ../nbs/05_train.ipynb #48748fd1
 def _load_newest(
-    run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    run_dir: Path, model: nn.Module | None, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Any] | None:
-    """Load the newest valid checkpoint and return its state, or None if there is no checkpoint at all.
+    """Load the newest valid checkpoint, if there is a model to take it, and return its state; None if there is none.
 
-    Raises InputError when there are checkpoints and all of them are damaged.
+    Raises InputError when there are checkpoints and all of them are damaged, or when it is one of another run.
     """
     folders = _checkpoints(run_dir)
     for folder in folders:
         try:
-            load_checkpoint(folder, model, optimizer)
-            return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            place, state = _read_state(folder)
+            name = _checkpoint_name(state["iteration"])
+            if folder.name != name:
+                raise InputError(f"{folder}: holds step {state['iteration']}; if it is this run's, name it {name}")
+            differences = _differences(state, *_read_config(run_dir))
+            if not differences:
+                if model is not None:
+                    _fill(place, state, model, optimizer)
+                return state
         except InputError as error:
-            _say(f"{error}; trying the checkpoint before it")
+            _say(f"{error}; trying the checkpoint before it" if folder != folders[-1] else str(error))
+        else:
+            advice = "put back the one that was changed; settings change by flags and --allow_changes"
+            raise InputError(f"{folder}: made with {differences}; {advice}")
     if folders:
         raise InputError(f"{run_dir}: none of its {len(folders)} checkpoints can be used; start a new run")
     return None
+
+# %% ../nbs/05_train.ipynb #6665ff94
+@contextmanager
+def _at_end(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write at its end. Raises InputError, naming it, if that cannot be done."""
+    try:
+        with open(path, "ab") as file:
+            yield file
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _beginning(path: Path, size: int) -> bytes:
+    """Read the first `size` bytes of a file, or as many as there are."""
+    return path.read_bytes()[:size] if path.exists() else b""
 
 # %% ../nbs/05_train.ipynb #fc11a061
 _Row = dict[str, Any]  # a line of the log
@@ -605,26 +684,35 @@ class _Log:
 
     names = ("metrics.jsonl", "samples.txt")
 
-    def __init__(self, run_dir: Path, state: dict[str, Any] | None, track: _Track = lambda row: None):
+    def __init__(self, run_dir: Path, state: dict[str, Any] | None, track: _Track, gaps_allowed: bool):
         saved: dict[str, Any] = state["extra"] if state else {"pending": [], "seconds": 0.0, "sizes": {}}
         self.run_dir, self.pending, self.track = run_dir, saved["pending"], track
         self.layers: _Row = {}
         self.started = time.perf_counter() - saved["seconds"]
-        self.cut_back(saved["sizes"])
+        self.lost = self.cut_back(saved["sizes"], gaps_allowed)
 
     @on_rank0
-    def cut_back(self, sizes: dict[str, int]) -> None:
-        """Make the files as long as they were when the checkpoint was written."""
-        for name in self.names:
-            with open(self.run_dir / name, "ab") as file:
-                file.truncate(min(file.tell(), sizes.get(name, 0)))
+    def cut_back(self, sizes: dict[str, int], gaps_allowed: bool) -> dict[str, list[int]]:
+        """Make the files as long as they were when the checkpoint was written; tell which were shorter, and how much.
+
+        Raises InputError for a shorter one, unless gaps are allowed."""
+        texts = {name: _beginning(self.run_dir / name, sizes.get(name, 0)) for name in self.names}
+        lost = {name: [sizes[name], len(text)] for name, text in texts.items() if len(text) < sizes.get(name, 0)}
+        for name, (expected, found) in lost.items():
+            if not gaps_allowed:
+                what = f"{self.run_dir / name}: {found:,} bytes, expected at least {expected:,}: lines are lost"
+                raise InputError(f"{what}; bring the file back, or say --allow_changes to go on without them")
+        for name, text in texts.items():
+            with _at_end(self.run_dir / name) as file:  # and no half line
+                file.truncate(text.rfind(b"\n") + 1)
+        return lost
 
     @on_rank0
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must know to go on with this log, after storing the files for good."""
         sizes = {}
         for name in self.names:
-            with open(self.run_dir / name, "ab") as file:
+            with _at_end(self.run_dir / name) as file:
                 os.fsync(file.fileno())
                 sizes[name] = file.tell()
         return {"pending": self.pending, "seconds": time.perf_counter() - self.started, "sizes": sizes}
@@ -647,8 +735,8 @@ class _Log:
     @on_rank0
     def append(self, name: str, text: str) -> None:
         """Add text to one of the files."""
-        with open(self.run_dir / name, "a", encoding="utf-8") as file:
-            file.write(text)
+        with _at_end(self.run_dir / name) as file:
+            file.write(text.encode())
 
 # %% ../nbs/05_train.ipynb #3fd712d2
 _OnEval = Callable[[TransformerLM, Tokenizer, int], str | None]
@@ -672,6 +760,7 @@ class _Run:
     optimizer: AdamW
     log: _Log
     step: int
+    made_with: dict[str, Any]  # what every checkpoint must fit: settings, and checksums of tokenizer and texts
 
 # %% ../nbs/05_train.ipynb #d194f90e
 def _loop(run: _Run) -> None:
@@ -740,8 +829,8 @@ def _save(run: _Run) -> None:
     norm = _length([p.detach() for p in run.model.parameters()])
     if not math.isfinite(norm):
         raise Diverged(run.step, run.log.pending[-1][0] if run.log.pending else math.nan, norm)
-    folder = run.folder / "checkpoints" / f"step-{run.step:08d}"
-    save_checkpoint(run.model, run.optimizer, run.step, folder, run.log.state())
+    folder = run.folder / "checkpoints" / _checkpoint_name(run.step)
+    save_checkpoint(run.model, run.optimizer, run.step, folder, {**run.log.state(), "made_with": run.made_with})
     _remove(_checkpoints(run.folder)[_CHECKPOINTS_KEPT:])
 
 
@@ -875,9 +964,9 @@ def _locked(run_dir: Path) -> Iterator[None]:
     try:
         descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise InputError(f"{run_dir}: cannot write ({error.strerror}); choose another folder") from error
+        raise _cannot_write(run_dir, error) from error
     try:
-        if not _try_lock(descriptor):
+        if not _try_lock(descriptor, run_dir):
             os.lseek(descriptor, 0, os.SEEK_SET)
             holder = os.read(descriptor, 200).decode() or "another process"
             raise InputError(f"{run_dir}: in use by {holder}; stop it first, or wait")
@@ -890,8 +979,8 @@ def _locked(run_dir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 # %% ../nbs/05_train.ipynb #745edbf7
-def _try_lock(descriptor: int) -> bool:
-    """Take the lock of an open file; False if another process has it."""
+def _try_lock(descriptor: int, run_dir: Path) -> bool:
+    """Take the lock of an open file; False if another process has it. Warns where there are no locks."""
     try:
         if sys.platform == "win32":
             os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # a byte behind the text, which stays readable
@@ -899,7 +988,9 @@ def _try_lock(descriptor: int) -> bool:
         else:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # else: no locks on this file system
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        _say(f"{run_dir}: no locks on this file system ({error.strerror}); see that no other process writes there")
     return True
 
 # %% ../nbs/05_train.ipynb #5f4858b8
@@ -918,6 +1009,26 @@ def _difference(config: TrainConfig, changes: dict[str, Any], allow_changes: boo
         raise InputError(f"{config.run_dir}: the run cannot go on with {diff}; {advice}")
     return changes
 
+
+def _made_with(config: TrainConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """Collect what makes a run this run and no other: its settings, and the checksums of its data."""
+    settings = {f.name: getattr(config, f.name) for f in fields(TrainConfig) if f.name not in _FREE | _NOT_SETTINGS}
+    return settings | {name: data.get(key) for key, name in _DATA.items()}
+
+
+def _differences(state: dict[str, Any], config: TrainConfig, saved: dict[str, Any]) -> str:
+    """Tell where config.json differs from what a checkpoint was made with, as far as that knows; "" for nowhere."""
+    made, ours = state["extra"].get("made_with", {}), _made_with(config, saved["data"])
+    for event in reversed(saved.get("history", [])):
+        if event["step"] >= state["iteration"]:  # what was changed after this checkpoint
+            ours |= {name: old for name, (old, new) in event["changes"].items() if ours.get(name) == new}
+    names = sorted(name for name in made.keys() & ours.keys() if made[name] != ours[name])
+    return ", ".join(f"{name} {str(made[name])[:12]} (config.json: {str(ours[name])[:12]})" for name in names)
+
+
+_NOT_SETTINGS = {"run_dir", "resume", "allow_changes"}
+_DATA = {"fingerprint": "tokenizer", "sha256": "training text", "valid_sha256": "validation text"}
+
 # %% ../nbs/05_train.ipynb #b710cfb7
 def train(
     config: TrainConfig,  # the whole description of the run
@@ -933,15 +1044,15 @@ def train(
         if can_restart() and on_rank0(Path.exists)(Path(str(config.run_dir), "config.json")):
             run_dir = Path(str(config.run_dir))
             return resume(run_dir, on_eval, changes=asdict(replace(config, run_dir=str(run_dir))))
-        run_dir, tokenizer, files, floor = _make_folder(config, device)
+        run_dir, tokenizer, files = _make_folder(config, device)
         with _locked(run_dir):
-            _run_to_end(_open_run(run_dir, config, tokenizer, files, floor, on_eval))
+            _run_to_end(_open_run(run_dir, config, tokenizer, files, on_eval))
     return run_dir
 
 # %% ../nbs/05_train.ipynb #d7568e4b
 @on_rank0
-def _make_folder(config: TrainConfig, device: str) -> tuple[Path, Tokenizer, _Files, float | None]:
-    """Prepare the data, check them, and make the folder of a run; return it with the data and their floor."""
+def _make_folder(config: TrainConfig, device: str) -> tuple[Path, Tokenizer, _Files]:
+    """Prepare the data, check them, and make the folder of a run; return it with the data."""
     stamp = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{corpus_name(config.corpus)}-{config.preset}"
     run_dir = Path(config.run_dir or f"runs/{stamp}")
     _refuse_existing(run_dir)
@@ -953,7 +1064,7 @@ def _make_folder(config: TrainConfig, device: str) -> tuple[Path, Tokenizer, _Fi
     run_dir.mkdir(parents=True)
     tokenizer.save(run_dir / "tokenizer")
     _write_config(run_dir, {**asdict(replace(config, run_dir=str(run_dir))), **about})
-    return run_dir, tokenizer, files, data["floor"]
+    return run_dir, tokenizer, files
 
 # %% ../nbs/05_train.ipynb #d53e1476
 def resume(
@@ -965,8 +1076,8 @@ def resume(
 ) -> Path:  # the run directory
     """Go on with a run from its newest valid checkpoint, exactly as if it had never stopped.
 
-    Raises InputError when the folder is no run, is in use, or has other data than it began with, and for changes
-    that may not be made.
+    Raises InputError when the folder is no run, is in use, has other data than it began with, checkpoints of another
+    run or a log that lost lines, and for changes that may not be made.
     """
     run_dir = Path(run_dir)
     _read_config(run_dir)
@@ -975,14 +1086,18 @@ def resume(
         config = replace(config, fsdp=False)  # each command says it anew
         changes = {**(changes or {}), **({} if max_steps is None else {"max_steps": max_steps})}
         changes = _difference(config, changes, allow_changes)
-        changed = replace(config, **changes)
+        changed = replace(config, **changes, allow_changes=allow_changes)
         _check_machine(changed)
         tokenizer, files, _ = on_rank0(_prepare)(changed)
         _check_data(changed, tokenizer, *files)
         _check_same_data(run_dir, saved, tokenizer, files)
         _remove(list((run_dir / "checkpoints").glob(".*.tmp")))
-        run = _open_run(run_dir, changed, tokenizer, files, saved["data"]["floor"], on_eval)
+        run = _open_run(run_dir, changed, tokenizer, files, on_eval)
         _record_changes(run, config, saved, changes)
+        if run.step == 0:
+            _say(f"{run_dir}: no checkpoint yet, so it begins again")
+        if run.step >= changed.last_step:
+            _say(f"{run_dir}: step {run.step} is done, and the last is {changed.last_step}; more with --max_steps")
         _run_to_end(run)
     return run_dir
 
@@ -1001,7 +1116,7 @@ def load_run(
 
 # %% ../nbs/05_train.ipynb #a7db63b9
 def _open_run(
-    folder: Path, config: TrainConfig, tokenizer: Tokenizer, files: _Files, floor: float | None, on_eval: _OnEval | None
+    folder: Path, config: TrainConfig, tokenizer: Tokenizer, files: _Files, on_eval: _OnEval | None
 ) -> _Run:
     """Build model and optimizer, and bring them to the newest checkpoint if there is one."""
     device = _pick_device(config.device)
@@ -1011,13 +1126,14 @@ def _open_run(
     for group in optimizer.param_groups:  # what the config says now, not what the checkpoint says
         group |= {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     step = state["iteration"] if state else 0
-    log = _Log(folder, state, _tracker(config, folder, step))
+    data = _read_config(folder)[1]["data"]
+    log = _Log(folder, state, _tracker(config, folder, step), config.allow_changes)
     eager = spread(model, optimizer, config.fsdp)
     forward = torch.compile(eager) if config.compile else eager
     train_tokens, valid_tokens = (file.tokens() for file in files)
     return _Run(
-        folder, config, tokenizer, train_tokens, valid_tokens, floor, on_eval, device, model, eager, forward, optimizer,
-        log, step,
+        folder, config, tokenizer, train_tokens, valid_tokens, data["floor"], on_eval, device, model, eager, forward,
+        optimizer, log, step, _made_with(config, data),
     )  # fmt: skip
 
 # %% ../nbs/05_train.ipynb #e8805289
@@ -1034,8 +1150,7 @@ def _check_same_data(run_dir: Path, saved: dict[str, Any], tokenizer: Tokenizer,
     """Raise InputError unless tokenizer and texts are those that the run began with."""
     _load_own_tokenizer(run_dir, saved)
     found = {"fingerprint": tokenizer.fingerprint, "sha256": files[0].sha256, "valid_sha256": files[1].sha256}
-    names = {"fingerprint": "tokenizer", "sha256": "training text", "valid_sha256": "validation text"}
-    for key, name in names.items():
+    for key, name in _DATA.items():
         ours, theirs = found[key], str(saved["data"].get(key))
         if ours != theirs:
             what = f"the {name} {ours[:12]} is not the one that the run began with, {theirs[:12]}"
@@ -1054,10 +1169,11 @@ def _load_own_tokenizer(run_dir: Path, saved: dict[str, Any]) -> Tokenizer:
 # %% ../nbs/05_train.ipynb #0cb3e7f5
 @on_rank0
 def _record_changes(run: _Run, before: TrainConfig, saved: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Note in config.json which fields have another value from the current step on."""
+    """Note in config.json which fields have another value from the current step on, and bytes lost from a log."""
     lasting = {name: new for name, new in changes.items() if name not in _MOMENTARY}
-    if lasting:
-        event = {"step": run.step, "changes": {name: [getattr(before, name), new] for name, new in lasting.items()}}
+    if lasting or run.log.lost:
+        pairs = {name: [getattr(before, name), new] for name, new in lasting.items()} | run.log.lost
+        event = {"step": run.step, "changes": pairs}
         _write_config(run.folder, {**saved, **lasting, "history": [*saved.get("history", []), event]})
 
 
@@ -1220,7 +1336,10 @@ _KINDS = {"activations": "root mean square", "gradients": "L2 norm", "updates": 
 # %% ../nbs/05_train.ipynb #d0173280
 def _report(run_dir: Path) -> None:
     """Print how a run ended, with the excess over the floor where it is known."""
-    last = [row for row in _read_metrics(run_dir) if row.get("val_loss") is not None][-1]
+    rows = [row for row in _read_metrics(run_dir) if row.get("val_loss") is not None]
+    if not rows:  # its log was lost
+        return
+    last = rows[-1]
     line = f"validation loss {last['val_loss']:.4f} nats per token after step {last['step']}"
     if "floor" in last:
         loss, floor = last["story_loss"], last["floor"]
@@ -1304,6 +1423,21 @@ def plot_watch(
     return figure
 
 # %% ../nbs/05_train.ipynb #224860af
+def _memory(config: TrainConfig) -> dict[str, int]:
+    """Foresee what each process holds during a step, in bytes by purpose."""
+    share = config.batch_size // (world_size() * config.grad_accum_steps)
+    memory = memory_table(config, share, config.dtype)
+    if config.fsdp:
+        saved = memory["gradients"] + memory["optimizer"]  # weights have the size of gradients
+        memory |= {name: memory[name] // world_size() for name in _OF_THE_MODEL} | {"gathered to save": saved}
+    elif world_size() > 1:
+        memory["gradients"] *= 2
+    return memory
+
+
+_OF_THE_MODEL = ("weights", "gradients", "optimizer")
+
+
 def _time_steps(config: TrainConfig, device: str, budget: float) -> dict[int, float]:
     """Time steps with 1, 2, 4, ... sequences of random tokens: the better of two, in seconds, by number."""
     model: Any = TransformerLM(config, seed=config.seed).to(device)
@@ -1330,16 +1464,22 @@ def _time_step(model: nn.Module, optimizer: AdamW, batch: tuple[Tensor, Tensor],
     return time.perf_counter() - began
 
 # %% ../nbs/05_train.ipynb #c1f006d4
-def _seconds(config: TrainConfig, times: dict[int, float]) -> tuple[float, float]:
-    """Forecast the time of a step and of a whole run from the times of small steps."""
+def _seconds(config: TrainConfig, times: dict[int, float], done: int = 0) -> tuple[float, float]:
+    """Forecast the time of a step, and of all that come after the `done` ones, from the times of small steps."""
     (*_, (n, t)) = times.items()
     each = (t - times[n // 2]) / (n - n // 2) if n > 1 else t
     step = t + (config.batch_size - n) * each
-    evaluations = 1 + math.ceil(config.last_step / config.eval_every)
-    return step, config.last_step * step + evaluations * config.eval_windows * each / 3
+    steps = max(0, config.last_step - done)
+    evaluations = math.ceil(config.last_step / config.eval_every) - done // config.eval_every + (done == 0)
+    return step, steps * step + evaluations * config.eval_windows * each / 3 * (steps > 0)
 
 # %% ../nbs/05_train.ipynb #c1802173
-_SLACK = 1.15  # an allocator keeps some of what was freed: 1.1 to 1.2 on top was measured on Linux
+def _slack(config: TrainConfig, device: str) -> float:
+    """Tell how many times the bytes of its activations an allocator holds; both figures are measured ones.
+
+    The GNU library gives pieces above 32 MB back at once, and keeps smaller ones, which soon lie scattered."""
+    tokens = config.batch_size // (world_size() * config.grad_accum_steps) * config.context_length
+    return 1.4 if device == "cpu" and 4 * tokens * config.d_model < 32 * 2**20 else 1.1
 
 
 def _memory_held(device: str) -> int:
@@ -1350,11 +1490,12 @@ def _memory_held(device: str) -> int:
 
 
 def _memory_there(device: str) -> int | None:
-    """Count the bytes of memory that the device has in all; None where the system does not tell."""
+    """Count the bytes of memory that the device has for each process; None where the system does not tell."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
-    names = getattr(os, "sysconf_names", {})
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in names else None
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 # %% ../nbs/05_train.ipynb #cd7da1d0
 @dataclass(frozen=True)
@@ -1362,29 +1503,43 @@ class Forecast:
     """What a run will take; printed, it is a table."""
 
     config: TrainConfig  # of the run
-    memory: dict[str, int]  # bytes by purpose, as in memory_table
+    done: int  # steps that a run which goes on has behind it
+    processes: int  # that train together
+    memory: dict[str, int]  # bytes of a process by purpose, as in memory_table
     peak: int  # bytes at the most: these, the allocator's slack, and what the process held before
-    capacity: int | None  # bytes that the device has, None if unknown
+    capacity: int | None  # bytes that the device has for each process, None if unknown
     measured: int  # sequences in the largest step that was timed
     step_seconds: float  # for one step of the whole batch
-    seconds: float  # for all steps and evaluations
+    seconds: float  # for all steps and evaluations that are left
 
     def __str__(self) -> str:
         """Write the table."""
-        config, steps = self.config, self.config.last_step
+        config, steps = self.config, max(0, self.config.last_step - self.done)
         tokens = config.batch_size * config.context_length
         operations = 3 * tokens * flops_per_token(config)
         speed = f"{tokens / self.step_seconds:,.0f} tokens/s, {operations / self.step_seconds / 1e9:,.0f} GFLOP/s"
         rows = {
             "parameters": f"{num_parameters(config):,}",
-            "tokens": f"{steps * tokens:,} in {steps:,} steps of {tokens:,}",
+            "tokens": f"{steps * tokens:,} in {steps:,} steps of {tokens:,}{self._shared()}",
             "operations": f"{steps * operations:.3g} in all, {operations:.3g} a step",
             "memory": f"at most {self.peak / 1e9:.2f} GB{self._fits()}",
             "  in MB": ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in self.memory.items()),
             "time": f"{_duration(self.seconds)}, {self.step_seconds:.3g} seconds a step",
-            "speed": f"{speed}, timed with {self.measured} of {config.batch_size} sequences",
+            "speed": f"{speed}, timed with {self.measured} of {config.batch_size // self.processes} sequences",
+            "left out": ", ".join(self._left_out()),
         }
         return "\n".join(f"{name:11} {text}" for name, text in rows.items())
+
+    def _shared(self) -> str:
+        """Say which steps these are, and who takes them."""
+        shared = f", shared by {self.processes} processes; memory is that of each" if self.processes > 1 else ""
+        return f", after the {self.done:,} that are done" * (self.done > 0) + shared
+
+    def _left_out(self) -> list[str]:
+        """List what is not foreseen."""
+        left_out = ["preparing the data", "stories told on the way", "saving"]
+        left_out += ["what the processes send to each other"] * (self.processes > 1)
+        return left_out + ["the compiler, and the memory that its code saves"] * self.config.compile
 
     def _fits(self) -> str:
         """Say whether the memory suffices."""
@@ -1403,22 +1558,36 @@ def _duration(seconds: float) -> str:
 
 # %% ../nbs/05_train.ipynb #e9995b82
 def forecast(
-    config: TrainConfig,  # the run to foresee
+    config: TrainConfig,  # the run to foresee; with `resume`, what is left of that run
     budget: float = 10.0,  # seconds that the measurement may take, at least two steps with one sequence
 ) -> Forecast:  # its memory and time on this machine
     """Foresee what a run will take, without data: memory by formula, time from a few steps with random tokens.
 
-    Raises InputError for a model that the device cannot hold, so that no step of it can be timed."""
-    device = _check_machine(config)
-    capacity, memory = _memory_there(device), memory_table(config, config.batch_size // config.grad_accum_steps)
-    model = memory["weights"] + memory["gradients"] + memory["optimizer"]
-    if capacity is not None and model > capacity:
-        needs = f"weights, gradients and moments need {model / 1e9:,.1f} GB"
-        raise InputError(f"{needs}, and {device} has {capacity / 1e9:,.1f} GB: choose a smaller model")
-    _time_steps(replace(PRESETS["debug"], batch_size=1), device, 0)  # loads all code that a step needs
-    peak = _memory_held(device) + round(_SLACK * sum(memory.values()))
-    times = _time_steps(config, device, budget)
-    return Forecast(config, memory, peak, capacity, max(times), *_seconds(config, times))
+    Raises InputError for a model that the device cannot hold, so that no step of it can be timed, and for a run that
+    could not go on with this config.
+    """
+    with joined():
+        device, memory = _check_machine(config), _memory(config)
+        capacity, model = _memory_there(device), sum(memory[name] for name in _OF_THE_MODEL)
+        if capacity is not None and model > capacity:
+            needs = f"weights, gradients and moments need {model / 1e9:,.1f} GB"
+            raise InputError(f"{needs}, and {device} has {capacity / 1e9:,.1f} GB: choose a smaller model")
+        _time_steps(replace(PRESETS["debug"], batch_size=1), device, 0)  # loads all code that a step needs
+        peak = _memory_held(device) + model + round(_slack(config, device) * (sum(memory.values()) - model))
+        done, share = _steps_done(config), replace(config, batch_size=config.batch_size // world_size())
+        times = _time_steps(share, device, budget)
+        return Forecast(config, done, world_size(), memory, peak, capacity, max(times), *_seconds(share, times, done))
+
+
+def _steps_done(config: TrainConfig) -> int:
+    """Find how far the run is that shall go on, if there is one. Raises InputError if it may not go on so."""
+    if config.resume is None:
+        return 0
+    run_dir = Path(config.resume)
+    changes = {name: value for name, value in asdict(config).items() if name not in ("resume", "allow_changes")}
+    _difference(_read_config(run_dir)[0], changes, config.allow_changes)
+    state = _load_newest(run_dir, None)
+    return state["iteration"] if state else 0
 
 # %% ../nbs/05_train.ipynb #fad56d62
 @dataclass(frozen=True)
