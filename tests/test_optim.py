@@ -161,27 +161,6 @@ def test_adamw_loop_equals_the_lists_in_64_bits():
     assert_close([p.detach() for p in leaves], lists, atol=1e-14, rtol=1e-12)
 
 
-def test_adamw_on_several_threads_is_the_same_to_the_bit():
-    "Sizes that no number of threads divides; more than a million numbers, so that they are shared."
-    def run(threads):
-        torch.set_num_threads(threads)
-        generator = torch.Generator().manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (1_000_003, 7, 1, 0)]
-        optimizer = AdamW(params, lr=0.1, weight_decay=0.1)
-        for step in range(1, 3):
-            give_gradients(params, step)
-            optimizer.step()
-        return [p.detach() for p in params], [optimizer.state[p][key] for p in params for key in ("m", "v")]
-
-    before = torch.get_num_threads()
-    try:
-        alone, *others = [run(threads) for threads in (1, 2, 3)]
-    finally:
-        torch.set_num_threads(before)
-    for several in others:
-        assert_close(several, alone, rtol=0, atol=0)
-
-
 def test_adamw_tells_autograd_that_the_weights_have_changed():
     p = torch.nn.Parameter(torch.ones(3))
     loss = (p**2).sum()

@@ -8,7 +8,6 @@ __all__ = ['cross_entropy', 'AdamW', 'cosine_lr', 'clip_grad_norm']
 # %% ../nbs/04_optim.ipynb #8a85f35d
 import math
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -110,33 +109,15 @@ def _adamw_loop(w, g, m, v, keep, beta1, new1, beta2, new2, rate, eps):  # pragm
         w[i] = keep * w[i] - rate * m[i] / (np.sqrt(v[i]) + eps)
 
 # %% ../nbs/04_optim.ipynb #29d00d05
-def _loop_numbers(step: int, settings: dict[str, Any]) -> tuple[float, ...]:
-    "Compute what the loop needs besides the arrays."
+def _adamw_compiled(w: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, settings: dict[str, Any]) -> None:
+    "Take one AdamW step on one parameter, in place, in the compiled loop."
     lr, (beta1, beta2) = settings["lr"], settings["betas"]
     root = math.sqrt(1 - beta2**step)
-    rate = lr * root / (1 - beta1**step)
-    return 1 - lr * settings["weight_decay"], beta1, 1 - beta1, beta2, 1 - beta2, rate, settings["eps"] * root
-
-# %% ../nbs/04_optim.ipynb #c78ab45f
-def _adamw_compiled(
-    params: list[Tensor], grads: list[Tensor], ms: list[Tensor], vs: list[Tensor], steps: list[int],
-    settings: dict[str, Any],
-) -> None:
-    """Take the same step in the compiled loop, each thread on its share of every parameter."""
-    jobs = []
-    for *tensors, step in zip(params, grads, ms, vs, steps, strict=True):
-        arrays = [t.detach().view(-1).numpy() for t in tensors]
-        jobs.append((arrays, [*map(arrays[0].dtype.type, _loop_numbers(step, settings))]))
-    threads = torch.get_num_threads() if sum(p.numel() for p in params) > 10**6 else 1
-
-    def take_share(i: int) -> None:
-        for arrays, numbers in jobs:
-            n = arrays[0].size
-            _adamw_loop(*(a[n * i // threads : n * (i + 1) // threads] for a in arrays), *numbers)
-
-    with ThreadPoolExecutor(threads) as pool:  # makes no thread before it is used
-        list((pool.map if threads > 1 else map)(take_share, range(threads)))
-    torch.autograd.graph.increment_version([*params, *ms, *vs])  # tells PyTorch that they have changed
+    numbers = (1 - lr * settings["weight_decay"], beta1, 1 - beta1, beta2, 1 - beta2,
+               lr * root / (1 - beta1**step), settings["eps"] * root)
+    arrays = [t.detach().view(-1).numpy() for t in (w, g, m, v)]
+    _adamw_loop(*arrays, *map(arrays[0].dtype.type, numbers))
+    torch.autograd.graph.increment_version([w, m, v])  # tells PyTorch that they have changed
 
 # %% ../nbs/04_optim.ipynb #a1da091a
 def _loop_can_take(tensors: Iterable[Any]) -> bool:
@@ -180,17 +161,18 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for_loop: list[Any] = []
-            others: list[Any] = []
+            rest = []
             for p in group["params"]:
                 if p.grad is not None:
                     state = self._remember(p)
-                    tensors = _own_parts(p, p.grad, state["m"], state["v"])
-                    (for_loop if _loop_can_take(tensors) else others).append((*tensors, state["step"]))
-            for update, some in ((_adamw_compiled, for_loop), (_adamw_update, others)):
-                if some:
-                    params, grads, ms, vs, steps = map(list, zip(*some, strict=True))
-                    update(params, grads, ms, vs, steps, group)
+                    w, g, m, v = _own_parts(p, p.grad, state["m"], state["v"])
+                    if _loop_can_take((w, g, m, v)):
+                        _adamw_compiled(w, g, m, v, state["step"], group)
+                    else:
+                        rest.append((w, g, m, v, state["step"]))
+            if rest:
+                params, grads, ms, vs, steps = map(list, zip(*rest, strict=True))
+                _adamw_update(params, grads, ms, vs, steps, group)
         return loss
 
     def _remember(self, p: Tensor) -> dict[str, Any]:
