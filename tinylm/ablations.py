@@ -632,7 +632,7 @@ def plot_forest(
     rows = list(differences(results).items())
     for y, ((variant, _), difference) in enumerate(rows):
         look = _look(variant)
-        axis.plot(difference.values, [y + 0.16] * len(difference.values), "o", color=look["color"], ms=5, alpha=0.6)
+        axis.plot(difference.values, [y + 0.16] * len(difference.values), "o", color=look["color"], ms=4.5, mfc="white")
         if math.isfinite(difference.half_width):
             interval = {"xerr": difference.half_width, "fmt": look["marker"], "capsize": 4}
             axis.errorbar(difference.mean, y, color=look["color"], **interval)
@@ -704,7 +704,7 @@ class SweepConfig(TrainConfig):
     lrs: str = ""  # learning rates to search, separated by commas
     seeds: str = "0"  # seeds, separated by commas
     variants: str = "baseline"  # names of variants, separated by commas
-    plan: str | None = None  # a JSON file of plans to run instead, such as data/results/ablations/plan.json
+    plan: str | None = None  # a JSON file of plans to run instead; --corpus says on what, unless it does
     jobs: int | None = None  # runs at a time; None means one for each core
     dask: str | None = None  # address of a Dask scheduler that shall run them
     out: str = "runs/ablations"  # folder for the records
