@@ -283,13 +283,13 @@ def test_compare_finds_a_bug_of_another_machine(debug, tmp_path):
     "The code installed here is right, and the run was made elsewhere, with wrong pairs."
     with pytest.MonkeyPatch.context() as elsewhere:
         half_split_pairs(elsewhere)
-        run = train(replace(debug, seed=11, run_dir=str(tmp_path / "run")))
+        run = train(replace(debug, seed=11, max_steps=1, run_dir=str(tmp_path / "run")))
     verdict = compare_run(run)
     assert not verdict.right and "no reference run, but when" in verdict.text, verdict.text
 
 
 def test_compare_finds_a_planted_bug_in_the_preset_that_readers_run(debug, tmp_path, monkeypatch):
-    half_split_pairs(monkeypatch)
+    no_bias_correction(monkeypatch)
     laptop = replace(PRESETS["laptop"], data_dir=debug.data_dir, max_steps=10, run_dir=str(tmp_path / "run"))
     verdict = compare_run(train(laptop))
     assert not verdict.right and "at step 10" in verdict.text, verdict.text
