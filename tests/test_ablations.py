@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 import tinylm.model
 import tinylm.optim
@@ -24,6 +25,8 @@ from tinylm.ablations import (
     differences,
     lr_sensitivity,
     paired_difference,
+    plot_forest,
+    results_table,
     run_here,
     run_name,
     run_on_dask,
@@ -73,15 +76,17 @@ def curves(folder: Path) -> dict[str, list]:
     return {name: [{k: v for k, v in row.items() if k not in clock} for row in r["curve"]] for name, r in read.items()}
 
 
+FIELDS = ("data_dir", "corpus", "vocab_size", "context_length", "d_model", "d_ff", "cosine_cycle_iters",
+          "checkpoint_every", "eval_every", "eval_windows")  # what the config of `tiny` changes
+
+
 def flags(config, *names: str) -> list[str]:
     return [part for name in names for part in (f"--{name}", str(getattr(config, name)))]
 
 
 @posix
 def test_a_search_stopped_by_ctrl_c_goes_on_exactly_where_it_was(tiny, tmp_path):
-    fields = ["data_dir", "corpus", "vocab_size", "context_length", "d_model", "d_ff", "cosine_cycle_iters",
-              "checkpoint_every", "eval_every", "eval_windows"]
-    command = [sys.executable, "-m", "tinylm.cli", "search", "--preset", "debug", *flags(tiny, *fields),
+    command = [sys.executable, "-m", "tinylm.cli", "search", "--preset", "debug", *flags(tiny, *FIELDS),
                "--lrs", "0.01,0.02", "--seeds", "0,1", "--jobs", "2", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -146,8 +151,9 @@ def test_dask_keeps_every_run_when_a_worker_is_killed(tiny, tmp_path):
     processes = []
 
     def start(*words):
-        processes.append(subprocess.Popen([sys.executable, "-m", *words], stdout=subprocess.PIPE,
-                                          stderr=subprocess.STDOUT, text=True, cwd=tmp_path))
+        processes.append(subprocess.Popen([sys.executable, "-m", *words], cwd=tmp_path, text=True,
+                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                          env=os.environ | {"OMP_NUM_THREADS": "2"}))
         return processes[-1]
 
     try:
@@ -164,10 +170,15 @@ def test_dask_keeps_every_run_when_a_worker_is_killed(tiny, tmp_path):
 
         killer = threading.Thread(target=kill_one)
         killer.start()
-        plan = Plan(tiny, ("baseline", "nope"), lrs=(0.01, 0.02))
-        failures = run_on_dask([run.config for run in plan.search()], tmp_path / "records", address)
+        command = ["ablate", "--preset", "debug", *flags(tiny, *FIELDS), "--variants", "baseline,nope",
+                   "--lrs", "0.01,0.02", "--seeds", "", "--out", str(tmp_path / "records"), "--dask", address]
+        assert main(command) == 0
         killer.join()
-        assert not failures and len(curves(tmp_path / "records")) == 4
+        made = [json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "records").glob("*.json")]
+        assert len(made) == 4 and {record["environment"]["threads"] for record in made} == {1}
+        (tmp_path / "gone.txt").write_text("gone", encoding="utf-8")
+        lost = main([*command, "--corpus", str(tmp_path / "gone.txt")])
+        assert lost == 1  # runs without a record
     finally:
         for process in processes:
             process.kill()
@@ -193,8 +204,22 @@ def test_t_quantile_inverts_the_integral_of_the_density():
 
 def test_one_seed_has_no_interval_and_a_divergence_no_mean():
     assert paired_difference({0: 2.0}, {0: 1.0}).half_width == np.inf
-    lost = paired_difference({0: np.inf}, {0: 1.0})
-    assert lost.diverged == 1 and lost.values == () and np.isnan(lost.mean)
+    lost = paired_difference({0: np.inf, 1: 2.0, 2: 2.1}, {0: 1.0, 1: 1.0, 2: 1.0})
+    assert lost.diverged == 1 and lost.values == (1.0, 1.1) and np.isnan(lost.mean) and lost.half_width == np.inf
+
+
+def test_a_forest_plot_counts_the_runs_that_diverged_and_averages_no_others():
+    losses = {"baseline": [2.0, 2.1, 2.2], "nope": [2.5, 2.5, 2.8], "no-norm": [np.inf, 2.4, np.inf]}
+    results = [Result(variant, 0.01, seed, {"diverged_at_step": 9 if np.isinf(loss) else None,
+                                            "curve": [{"val_loss": loss}]})
+               for variant, group in losses.items() for seed, loss in enumerate(group)]
+    axis = plot_forest(results, Figure().add_subplot())
+    assert len(axis.containers) == 1  # one mean with its interval, that of nope
+    crosses = [line for line in axis.lines if line.get_marker() == "x"]
+    assert [len(line.get_xdata()) for line in crosses] == [2]
+    assert [text.get_text() for text in axis.texts] == ["2 of 3 diverged"]
+    table = results_table(results).splitlines()
+    assert [cell.strip() for cell in table[-1].split("|")[3:-1]] == ["3", "2", "", "", ""]
 
 
 def test_sensitivity_needs_no_even_rates():
@@ -243,23 +268,51 @@ def unshuffled(monkeypatch):
     monkeypatch.setattr(tinylm.train, "_batch_of_step", in_order)
 
 
+@pytest.mark.parametrize("seed", [0, 11])  # with and without a reference
 @pytest.mark.parametrize("bug, where", [
     (no_mask, "at step 0"), (half_split_pairs, "at step 5"), (no_bias_correction, "at step 5"),
     (unshuffled, "at step 5"),
 ])
-def test_compare_finds_a_planted_bug(debug, tmp_path, monkeypatch, bug, where):
+def test_compare_finds_a_planted_bug(debug, tmp_path, monkeypatch, bug, where, seed):
     bug(monkeypatch)
-    verdict = compare_run(train(replace(debug, run_dir=str(tmp_path / "run"))))
-    assert not verdict.right and where in verdict.text, verdict.text
+    verdict = compare_run(train(replace(debug, seed=seed, max_steps=1 if seed else 20, run_dir=str(tmp_path / "run"))))
+    assert not verdict.right and where in verdict.text and ("no reference run" in verdict.text) == (seed == 11)
 
 
-def test_compare_finds_a_gross_bug_in_a_run_of_any_seed(debug, tmp_path, monkeypatch):
+def test_compare_finds_a_bug_of_another_machine(debug, tmp_path):
+    "The code installed here is right, and the run was made elsewhere, with wrong pairs."
+    with pytest.MonkeyPatch.context() as elsewhere:
+        half_split_pairs(elsewhere)
+        run = train(replace(debug, seed=11, max_steps=1, run_dir=str(tmp_path / "run")))
+    verdict = compare_run(run)
+    assert not verdict.right and "no reference run, but when" in verdict.text, verdict.text
+
+
+def test_compare_finds_a_planted_bug_in_the_preset_that_readers_run(debug, tmp_path, monkeypatch):
     no_bias_correction(monkeypatch)
-    verdict = compare_run(train(replace(debug, seed=11, run_dir=str(tmp_path / "run"))))
-    assert not verdict.right and "below the band" in verdict.text, verdict.text
+    laptop = replace(PRESETS["laptop"], data_dir=debug.data_dir, max_steps=10, run_dir=str(tmp_path / "run"))
+    verdict = compare_run(train(laptop))
+    assert not verdict.right and "at step 10" in verdict.text, verdict.text
 
 
-@pytest.mark.parametrize("seed, says", [(0, "equal to the reference run of seed 0"), (11, "seed 11 has no reference")])
+def test_compare_finds_what_goes_wrong_after_the_first_steps(debug, tmp_path):
+    rows = [{"step": step, "train_loss": train_loss, "val_loss": val_loss and val_loss * (0.8 if step > 20 else 1)}
+            for step, train_loss, val_loss in reference(debug)["curves"]["0"]]
+    record = {"config": vars(debug), "corpus": {"name": "fables", "sha256": reference(debug)["sha256"]}, "curve": rows}
+    (tmp_path / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    verdict = compare_run(tmp_path / "record.json")
+    assert not verdict.right and "at step 40 lies below the band" in verdict.text, verdict.text
+
+
+def reference(config) -> dict:
+    "The reference curves of a preset that ship with the package."
+    path = Path(tinylm.train.__file__).with_name("bands.json")
+    return json.loads(path.read_text(encoding="utf-8"))[f"{config.corpus}/{config.preset}"]
+
+
+@pytest.mark.parametrize("seed, says", [
+    (0, "equal to the reference run of seed 0"), (11, "repeats the reference run of seed 0"),
+])
 def test_compare_lets_good_runs_pass(debug, tmp_path, monkeypatch, capsys, seed, says):
     run = train(replace(debug, seed=seed, max_steps=None, run_dir=str(tmp_path / "run")))
     assert main(["compare", str(run)]) == 0

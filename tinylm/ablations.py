@@ -20,6 +20,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
@@ -223,12 +225,13 @@ def run_plan(
     configs: Iterable[TrainConfig],  # what shall be run
     executor: Executor,  # of any kind that follows concurrent.futures
     folder: str | Path,  # gets a record for each run; NAME/runs/ holds the work in progress
+    make: Callable[[TrainConfig], dict[str, Any]] = run_one,  # makes a record, wherever the executor calls it
 ) -> dict[str, BaseException]:  # what went wrong, by the name of the run
     """Make the records that are missing; a run that crashes is reported and the others go on."""
     folder = Path(folder)
     todo = _missing(configs, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    futures = {executor.submit(run_one, config): name for name, config in todo.items()}
+    futures = {executor.submit(make, config): name for name, config in todo.items()}
     failures: dict[str, BaseException] = {}
     try:
         for future in tqdm(as_completed(futures), total=len(futures), unit="run", smoothing=0):
@@ -337,7 +340,13 @@ def run_on_dask(
     except (OSError, ValueError) as error:
         raise InputError(f"no Dask scheduler at {address!r}: {error}") from error
     with client, client.get_executor() as executor:
-        return run_plan(configs, executor, folder)
+        return run_plan(configs, executor, folder, make=_run_with_one_thread)
+
+
+def _run_with_one_thread(config: TrainConfig) -> dict[str, Any]:
+    """Make a record in a thread of a Dask worker; PyTorch counts its own threads for each of them."""
+    torch.set_num_threads(1)
+    return run_one(config)
 
 # %% ../nbs/06_ablations.ipynb #cb011ac4
 class Result(NamedTuple):
@@ -432,8 +441,8 @@ class Difference(NamedTuple):
     """A variant minus the baseline, seed by seed."""
 
     values: tuple[float, ...]  # one for each seed that both have and neither diverged on
-    mean: float
-    half_width: float  # of the 95% interval; infinite with fewer than two seeds
+    mean: float  # NaN if a run diverged: those that survive do not speak for it
+    half_width: float  # of the 95% interval; infinite with fewer than two seeds, or if a run diverged
     diverged: int  # seeds on which one of the two diverged
 
 
@@ -446,8 +455,10 @@ def paired_difference(
     finite = [s for s in seeds if math.isfinite(losses[s]) and math.isfinite(baseline[s])]
     values = tuple(losses[s] - baseline[s] for s in finite)
     n = len(values)
+    if n < len(seeds) or n == 0:
+        return Difference(values, math.nan, math.inf, len(seeds) - n)
     spread = t_quantile(0.95, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
-    return Difference(values, float(np.mean(values)) if n else math.nan, spread, len(seeds) - n)
+    return Difference(values, float(np.mean(values)), spread, 0)
 
 # %% ../nbs/06_ablations.ipynb #60a9dfd6
 def lr_curves(
@@ -524,14 +535,14 @@ def results_table(
         diverged = sum(map(math.isinf, values))
         mean = "" if diverged else f"{np.mean(values):.4f}"
         deviation = "" if diverged or len(values) < 2 else f"{np.std(values, ddof=1):.4f}"
-        difference = "" if diverged else _as_text(against.get((variant, lr)))
+        difference = _as_text(against.get((variant, lr)))
         rows.append((variant, f"{lr:.3g}", str(len(values)), str(diverged), mean, deviation, difference))
     return _align(rows)
 
 # %% ../nbs/06_ablations.ipynb #1bdb7c08
 def _as_text(difference: Difference | None) -> str:
     """Write a difference with its interval."""
-    if difference is None or not difference.values:
+    if difference is None or difference.diverged or not difference.values:
         return ""
     interval = f" ± {difference.half_width:.4f}" if len(difference.values) > 1 else " (one seed)"
     return f"{difference.mean:+.4f}{interval}"
@@ -617,22 +628,27 @@ def plot_forest(
     results: Sequence[Result],  # of runs that share their base
     axis: Any,  # a matplotlib Axes
 ) -> Any:  # the axis
-    """Draw the paired difference of every variant to the baseline, with 95% intervals and the seeds' dots."""
+    """Draw the paired differences to the baseline: dots for the seeds, 95% intervals, crosses for divergences."""
     rows = list(differences(results).items())
     for y, ((variant, _), difference) in enumerate(rows):
         look = _look(variant)
-        axis.plot(difference.values, [y + 0.16] * len(difference.values), "o", color=look["color"], ms=5, alpha=0.6)
-        if len(difference.values) > 1:
+        axis.plot(difference.values, [y + 0.16] * len(difference.values), "o", color=look["color"], ms=4.5, mfc="white")
+        if math.isfinite(difference.half_width):
             interval = {"xerr": difference.half_width, "fmt": look["marker"], "capsize": 4}
             axis.errorbar(difference.mean, y, color=look["color"], **interval)
         if difference.diverged:
-            total = len(difference.values) + difference.diverged
-            axis.text(0.99, y, f"{difference.diverged} of {total} diverged", color="#c00000", va="center", ha="right",
-                      transform=axis.get_yaxis_transform())  # fmt: skip
+            _lost(axis, y, difference)
     axis.axvline(0, color="black", lw=1)
     axis.set(yticks=range(len(rows)), yticklabels=[f"{variant}, lr {lr:.3g}" for (variant, lr), _ in rows])
     axis.set(xlabel="loss minus that of the baseline (nats per token)", ylim=(len(rows) - 0.5, -0.5))
     return axis
+
+def _lost(axis: Any, y: int, difference: Difference) -> None:
+    """Draw a red cross for every run that diverged, at the right edge, and count them."""
+    x, total = 0.97 - 0.035 * np.arange(difference.diverged), len(difference.values) + difference.diverged
+    at_edge = {"color": "#c00000", "transform": axis.get_yaxis_transform()}
+    axis.plot(x, [y] * len(x), "x", ms=7, mew=2, **at_edge)
+    axis.text(x[-1] - 0.03, y, f"{difference.diverged} of {total} diverged", va="center", ha="right", **at_edge)
 
 # %% ../nbs/06_ablations.ipynb #2639ce2d
 def plot_norms(
@@ -646,14 +662,39 @@ def plot_norms(
     steps, parts = [row["step"] for row in rows], list(rows[0][kind])
     values = np.array([[float(row[kind][part]) for part in parts] for row in rows])
     top = 3 * np.max(values[np.isfinite(values)])
+    ends = {}
     for i, part in enumerate(parts):
-        shade = str(0.75 * (1 - i / len(parts)))  # the deeper, the darker
-        axis.plot(steps, np.where(np.isfinite(values[:, i]), values[:, i], np.nan), color=shade, ls="-", label=part)
+        color = _depth_color(i / (len(parts) - 1))
+        finite = np.where(np.isfinite(values[:, i]), values[:, i], np.nan)
+        axis.plot(steps, finite, color=color, ls="-", lw=1.5)
+        ends[part] = finite[np.isfinite(finite)][-1], color
         bad = [step for step, value in zip(steps, values[:, i], strict=True) if not math.isfinite(value)]
-        axis.plot(bad, [top] * len(bad), "x", color="#c00000", ms=8, mew=2, ls="")
+        axis.plot(bad, [top] * len(bad), "x", color="#c00000", ms=8, mew=2, ls="", zorder=5)
     axis.set(yscale="log", xlabel="step", ylabel=kind)
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    _label_ends(axis, ends)
     return axis
+
+# %% ../nbs/06_ablations.ipynb #6a4275a6
+def _depth_color(share: float) -> tuple[float, ...]:
+    """Give a color for a depth from 0 to 1: orange at the input, dark blue at the output."""
+    stops = np.array([[0.95, 0.65, 0.25], [0.75, 0.25, 0.35], [0.10, 0.15, 0.35]])
+    return tuple(float(np.interp(share, (0, 0.5, 1), channel)) for channel in stops.T)
+
+
+def _label_ends(axis: Any, ends: dict[str, tuple[float, tuple[float, ...]]]) -> None:
+    """Write the names of the parts beside the ends of their lines; lines that end close together share a label."""
+    low, high = np.log10(axis.get_ylim())
+    groups: list[list[str]] = []
+    for part in sorted(ends, key=lambda part: ends[part][0]):
+        if groups and math.log10(ends[part][0] / ends[groups[-1][-1]][0]) < 0.055 * (high - low):
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    for group in groups:
+        height = math.prod(ends[part][0] ** (1 / len(group)) for part in group)
+        text = ", ".join(sorted(group)).replace(", layers.", ", ")
+        axis.annotate(text, (1.01, height), xycoords=axis.get_yaxis_transform(), va="center", fontsize=8,
+                      color=ends[group[-1]][1], annotation_clip=False)  # fmt: skip
 
 # %% ../nbs/06_ablations.ipynb #8e20d3ce
 @dataclass(frozen=True)
@@ -663,7 +704,7 @@ class SweepConfig(TrainConfig):
     lrs: str = ""  # learning rates to search, separated by commas
     seeds: str = "0"  # seeds, separated by commas
     variants: str = "baseline"  # names of variants, separated by commas
-    plan: str | None = None  # a JSON file of plans to run instead, such as data/results/ablations/plan.json
+    plan: str | None = None  # a JSON file of plans to run instead; --corpus says on what, unless it does
     jobs: int | None = None  # runs at a time; None means one for each core
     dask: str | None = None  # address of a Dask scheduler that shall run them
     out: str = "runs/ablations"  # folder for the records
@@ -764,8 +805,7 @@ def reference_curves(
         config, corpus = record["config"], record["corpus"]
         known = {"config": _what_counts(config), "sha256": corpus["sha256"], "curves": {}}
         entry = references.setdefault(f"{corpus['name']}/{config['preset']}", known)
-        curve = [[row["step"], *(_rounded(row[key]) for key in _LOSSES)] for row in record["curve"]]
-        entry["curves"][str(config["seed"])] = curve
+        entry["curves"][str(config["seed"])] = _condensed(record["curve"])
     return references
 
 
@@ -784,9 +824,9 @@ def write_references(
 _LOSSES = ("train_loss", "val_loss")
 
 
-def _rounded(loss: float | None) -> float | None:
-    """Keep six digits after the point."""
-    return None if loss is None else round(loss, 6)
+def _condensed(curve: list[dict[str, Any]]) -> list[list[Any]]:
+    """Keep step, training and validation loss of each line, the losses to six digits after the point."""
+    return [[row["step"], *(None if row[key] is None else round(row[key], 6) for key in _LOSSES)] for row in curve]
 
 
 def _what_counts(config: dict[str, Any]) -> dict[str, Any]:
@@ -818,15 +858,17 @@ def compare_run(
     source: str | Path,  # a run folder, finished or not, or a record
     references: dict[str, Any] | None = None,  # from `reference_curves`; None means those of the package
 ) -> Verdict:  # whether it is as it should be, and what to say about it
-    """Hold a run against the reference curves. Raises InputError when there are none for its config and corpus."""
+    """Hold a run against the reference curves; if its seed has none, train its first steps again.
+
+    Raises InputError when there are no reference curves for its config and corpus.
+    """
     name, config, corpus, rows = _read_source(Path(source))
-    reference = _reference_for(config, corpus, references or _shipped())
-    losses = [(row["step"], c, row[key]) for row in rows for c, key in enumerate(_LOSSES, 1) if row[key] is not None]
-    same = reference["curves"].get(str(config["seed"]))
-    wrong = _diverged(rows) or _first_unequal(losses, same) or _first_outside(losses, reference["curves"])
+    curves = _reference_for(config, corpus, references or _shipped())["curves"]
+    sharp = _first_unequal if str(config["seed"]) in curves else _first_unequal_by_replay
+    wrong = _diverged(rows) or sharp(rows, config, curves) or _first_outside(rows, curves)
     if wrong:
         return Verdict(False, f"{name}: {wrong}")
-    return Verdict(True, _praise(name, config, same is not None, rows[-1]["step"]))
+    return Verdict(True, f"{name}: {_praise(config, curves, rows[-1]['step'])}")
 
 # %% ../nbs/06_ablations.ipynb #b51961b2
 def _shipped() -> dict[str, Any]:
@@ -873,10 +915,15 @@ def _diverged(rows: list[dict[str, Any]]) -> str:
     return f"diverged at step {step}; lower the learning rate, and check the clipping" if step else ""
 
 
-def _first_unequal(losses: list[tuple[int, int, float]], same: list[list[Any]] | None) -> str:
-    """Name the first loss that differs from the reference run of the same seed, within the first steps."""
-    expected = {(row[0], column): row[column] for row in same or [] for column in (1, 2)}
-    for step, column, loss in losses:
+def _losses(rows: list[dict[str, Any]]) -> list[tuple[int, int, float]]:
+    """List the losses of a log as (step, column in a reference curve, loss)."""
+    return [(row["step"], c, row[key]) for row in rows for c, key in enumerate(_LOSSES, 1) if row[key] is not None]
+
+
+def _first_unequal(rows: list[dict[str, Any]], config: dict[str, Any], curves: dict[str, list[list[Any]]]) -> str:
+    """Name the first loss that differs from the curve of the same seed, within the first steps."""
+    expected = {(row[0], column): row[column] for row in curves[str(config["seed"])] for column in (1, 2)}
+    for step, column, loss in _losses(rows):
         known = expected.get((step, column))
         if step <= _SHARP_STEPS and known is not None and not abs(loss - known) <= _SHARP:
             what = f"{_LOSSES[column - 1]} {loss:.4f} at step {step} is not the {known:.4f} of the same seed"
@@ -884,16 +931,50 @@ def _first_unequal(losses: list[tuple[int, int, float]], same: list[list[Any]] |
     return ""
 
 
-def _first_outside(losses: list[tuple[int, int, float]], curves: dict[str, list[list[Any]]]) -> str:
+def _first_outside(rows: list[dict[str, Any]], curves: dict[str, list[list[Any]]]) -> str:
     """Name the first loss outside the band."""
     bands = {column: _band(curves, column) for column in (1, 2)}
-    for step, column, loss in losses:
+    for step, column, loss in _losses(rows):
         mean, half = bands[column].get(step, (loss, 0.0))
         if not abs(loss - mean) <= half:
             side = "below" if loss < mean else "above"
             what = f"{_LOSSES[column - 1]} {loss:.4f} at step {step} lies {side} the band {mean:.4f} ± {half:.4f}"
             return f"{what}. {_CAUSES[side]}"
     return ""
+
+# %% ../nbs/06_ablations.ipynb #78918bbf
+def _first_unequal_by_replay(
+    rows: list[dict[str, Any]], config: dict[str, Any], curves: dict[str, list[list[Any]]]
+) -> str:
+    """Train the first steps again with a reference's seed and with the run's own; name the first loss that differs."""
+    own, known = config["seed"], min(map(int, curves))
+    told = f"seed {own} has no reference run"
+    again = f"the code installed here trains the first {_SHARP_STEPS} steps"
+    print(f"{told}: {again} of seeds {known} and {own} again", file=sys.stderr)
+    if wrong := _first_unequal(_replay(config, known), config | {"seed": known}, curves):
+        return f"{told}, and of seed {known}, when {again}, {wrong}"
+    wrong = _first_unequal(rows, config, {str(own): _condensed(_replay(config, own))})
+    return f"{told}, but when {again}, {wrong}" if wrong else ""
+
+
+class _Enough(Exception):
+    """Ends a replay."""
+
+
+def _replay(config: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    """Train the first steps of a config with another seed, and give the lines of the log."""
+
+    def stop(*_: Any) -> None:
+        raise _Enough
+
+    fixed = {f.name: config[f.name] for f in fields(TrainConfig) if f.name not in _NO_EFFECT and f.name in config}
+    where = {"corpus": config["corpus"], "val_corpus": config.get("val_corpus"), "data_dir": config["data_dir"]}
+    short = {"seed": seed, "max_steps": None, "eval_every": _SHARP_STEPS, "log_every": config["log_every"]}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        run_dir = Path(folder) / "run"
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(_Enough, Diverged):
+            train(TrainConfig(**fixed | where | short | {"run_dir": str(run_dir), "device": "cpu"}), on_eval=stop)
+        return _read_source(run_dir)[-1]
 
 # %% ../nbs/06_ablations.ipynb #1478ed95
 _CAUSES = {
@@ -907,10 +988,10 @@ _CAUSES = {
 }
 
 
-def _praise(name: str, config: dict[str, Any], sharp: bool, step: int) -> str:
-    """Say what was tested and found right, and what could not be tested."""
-    if sharp:
-        more = f"and equal to the reference run of seed {config['seed']} in its first {_SHARP_STEPS} steps"
-    else:
-        more = f"but seed {config['seed']} has no reference run: --seed 0 would allow the sharper test too"
-    return f"{name}: within the band at all steps up to {step}, {more}"
+def _praise(config: dict[str, Any], curves: dict[str, list[list[Any]]], step: int) -> str:
+    """Say what was tested and found right."""
+    text, steps = f"within the band at all steps up to {step}, and", f"in its first {min(step, _SHARP_STEPS)} steps"
+    if str(config["seed"]) in curves:
+        return f"{text} equal to the reference run of seed {config['seed']} {steps}"
+    known = min(map(int, curves))
+    return f"{text} {steps} equal to what the code installed here does, which repeats the reference run of seed {known}"
