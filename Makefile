@@ -49,14 +49,16 @@ $(SAMPLE) $(SAMPLE_VALID): | .venv/run
 	$(call FIRST,19136) data/tinystories/TinyStoriesV2-GPT4-train.txt | gzip > $(SAMPLE)
 	$(call FIRST,3000) data/tinystories/TinyStoriesV2-GPT4-valid.txt | gzip > $(SAMPLE_VALID)
 
-ablations: .venv/run $(SAMPLE) $(SAMPLE_VALID)  ## run the plans of chapter 06 on stories of your own download (hours)
-	$(BIN)/tinylm ablate --plan data/results/ablations/plan.json --out data/results/ablations/tinystories --corpus $(SAMPLE) --val_corpus $(SAMPLE_VALID)
-	$(BIN)/tinylm ablate --plan data/results/ablations/plan-fables.json --out data/results/ablations/fables
+# where records are made anew; what has a record there is not run again
+FRESH := runs/fresh
+ablations: .venv/run $(SAMPLE) $(SAMPLE_VALID)  ## run the plans of chapter 06 anew, TinyStories on your own download (hours)
+	$(BIN)/tinylm ablate --plan data/results/ablations/plan.json --out $(FRESH)/ablations/tinystories --corpus $(SAMPLE) --val_corpus $(SAMPLE_VALID)
+	$(BIN)/tinylm ablate --plan data/results/ablations/plan-fables.json --out $(FRESH)/ablations/fables
 
-references: .venv/run  ## make the curves that tinylm compare knows (half an hour)
-	$(BIN)/tinylm search --preset debug --lrs 0.02 --seeds 0,1,2,3,4 --out data/results/bands
-	$(BIN)/tinylm search --preset laptop --lrs 0.01 --seeds 0,1,2,3,4 --out data/results/bands
-	$(BIN)/python -c "from tinylm.ablations import write_references as w; w('data/results/bands', 'tinylm/bands.json')"
+references: .venv/run  ## train anew the runs that tinylm compare knows (half an hour)
+	$(BIN)/tinylm search --preset debug --lrs 0.02 --seeds 0,1,2,3,4 --out $(FRESH)/bands
+	$(BIN)/tinylm search --preset laptop --lrs 0.01 --seeds 0,1,2,3,4 --out $(FRESH)/bands
+	$(BIN)/python -c "from tinylm.ablations import write_references as w; w('$(FRESH)/bands', '$(FRESH)/bands.json')"
 
 clean:  ## remove everything that was built, .venv included
 	rm -rf .venv _docs _proc .quarto build dist *.egg-info runs

@@ -16,7 +16,8 @@ def shrink(png: str) -> str:
     if picture.mode == "P":
         return png
     out = io.BytesIO()
-    picture.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    small = picture.convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    small.save(out, "PNG", optimize=True)
     return base64.b64encode(out.getvalue()).decode() + "\n"
 
 
