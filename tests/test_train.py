@@ -459,3 +459,15 @@ def test_a_plan_for_a_run_that_goes_on_foresees_the_rest(config, capsys):
     assert cli.main([*command, "50", "--lr", "0.5"]) == 2
     assert "lr 0.01 -> 0.5; say --allow_changes" in capsys.readouterr().err
     assert checkpoints(run)[-1].name == "step-00000030" and metrics(run)[-1]["step"] == 30
+
+
+def test_training_does_not_wait_for_the_compiler_to_load(config):
+    "PyTorch's compiler takes a second or two to import, in every process that trains."
+    program = ("import json, sys\nfrom tinylm.train import TrainConfig, resume, train\n"
+               "run = train(TrainConfig(**json.loads(sys.argv[1])))\nresume(run, max_steps=4)\n"
+               "print(*sys.modules)")
+    done = subprocess.run([sys.executable, "-c", program, json.dumps(vars(replace(config, max_steps=2)))],
+                          capture_output=True, text=True, timeout=60)
+    loaded = set(done.stdout.split())
+    assert "torch.optim" in loaded, done.stderr
+    assert not loaded & {"torch._dynamo", "sympy"}

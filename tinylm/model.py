@@ -255,7 +255,7 @@ class TransformerLM(nn.Module):
         "Draw every parameter anew on the CPU."
         for name, module in self.named_modules():
             if isinstance(module, (Embedding, Linear, RMSNorm)):
-                module.to_empty(device="cpu", recurse=False)
+                module.weight = nn.Parameter(torch.empty(module.weight.shape, dtype=module.weight.dtype))
                 module.reset_parameters(_generator(seed, f"{name}.weight"))
 
     def forward(

@@ -6,6 +6,7 @@
 __all__ = ['cross_entropy', 'AdamW', 'cosine_lr', 'clip_grad_norm']
 
 # %% ../nbs/04_optim.ipynb #8a85f35d
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -152,6 +153,12 @@ class AdamW(torch.optim.Optimizer):
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"AdamW cannot use {lr=}, {betas=}, {eps=}, {weight_decay=}")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    # PyTorch decorates these so that they would load its compiler first, for a second, to say that it must keep off
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
