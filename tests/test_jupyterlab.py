@@ -26,10 +26,14 @@ SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # else only the cells in sight are on the page
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
-FREE_MEMORY = ["--MappingKernelManager.cull_idle_timeout=60", "--MappingKernelManager.cull_interval=10"]  # closed pages
 PATIENCE = 240  # seconds for a chapter on two slow cores, others running beside it
-PROMPTS = "Array.from(document.querySelectorAll('.jp-CodeCell .jp-InputPrompt'), e => e.innerText)"
-PICTURES = "Array.from(document.querySelectorAll('.jp-OutputArea-output img')).filter(e => e.naturalWidth > 0).length"
+PANEL = "Array.from(jupyterapp.shell.widgets('main')).find(e => e.context?.path === path)"
+PROMPTS = f"path => Array.from({PANEL}.node.querySelectorAll('.jp-CodeCell .jp-InputPrompt'), e => e.innerText)"
+PICTURES = (f"path => Array.from({PANEL}.node.querySelectorAll('.jp-OutputArea-output img'))"
+            ".filter(e => e.naturalWidth > 0).length")
+OPEN = "path => jupyterapp.commands.execute('docmanager:open', {path}).then(() => true)"
+CLOSE = f"path => {{ const panel = {PANEL}; return panel.sessionContext.shutdown().then(() => panel.dispose()) }}"
+SHOWN = ".jp-NotebookPanel:not(.lm-mod-hidden)"
 
 
 def make_kernel(root: Path, name: str, *more: str):
@@ -55,7 +59,7 @@ def copy_with_kernel(path: Path, root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    "JupyterLab on a folder: the folder, and a function from a notebook's name to its address."
+    "JupyterLab on a folder: the folder, and the address."
     root = tmp_path_factory.mktemp("lab")
     make_kernel(root, "python3")
     with socket.socket() as s:
@@ -70,7 +74,8 @@ def lab(tmp_path_factory):
                         "JUPYTER_PATH": str(root / ".jupyter"), "IN_TEST": "1"}
     server = subprocess.Popen(
         [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-         f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}", *FREE_MEMORY],
+         f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}",
+         "--LabServerApp.expose_app_in_browser=True"],
         env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(120):
@@ -79,30 +84,29 @@ def lab(tmp_path_factory):
                 break
             except OSError:
                 time.sleep(0.5)
-        yield root, lambda name: f"http://127.0.0.1:{port}/lab/workspaces/{name}/tree/{name}.ipynb?token={token}&reset"
+        yield root, f"http://127.0.0.1:{port}/lab?token={token}&reset"
     finally:
         server.terminate()
         server.wait(20)
 
 
-def start(context, address: str):
-    "Open a notebook in a tab of its own and choose Run > Run All Cells."
-    page = context.new_page()
-    page.goto(address)
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
-    page.wait_for_timeout(1500)
+def start(page, name: str):
+    "Open a notebook in a tab and choose Run > Run All Cells."
+    page.evaluate(OPEN, name)
+    page.wait_for_selector(f'{SHOWN} .jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
     for _ in range(10):  # while the kernel is not yet connected, running does nothing
         page.click('.lm-MenuBar-item:has-text("Run")')
         page.click('[data-command="runmenu:run-all"]')
         for _ in range(30):
             page.wait_for_timeout(100)
-            if any(re.search(r"[*\d]", prompt) for prompt in page.evaluate(PROMPTS)):
-                return page
-    raise TimeoutError(f"nothing runs in {address}")
+            if any(re.search(r"[*\d]", prompt) for prompt in page.evaluate(PROMPTS, name)):
+                return
+    raise TimeoutError(f"nothing runs in {name}")
 
 
 def faults_in(page, notebook: Path, pictures: int) -> list[str]:
-    "Save the notebook that ran and tell what is wrong with it."
+    "Save the notebook that ran, tell what is wrong with it, and close it."
+    page.evaluate(OPEN, notebook.name)
     before = notebook.stat().st_mtime_ns
     page.keyboard.press("Control+s")
     saved = None
@@ -120,27 +124,30 @@ def faults_in(page, notebook: Path, pictures: int) -> list[str]:
     not_run = sum(bool("".join(c["source"]).strip()) and c["execution_count"] is None for c in cells)
     if not_run:
         faults.append(f"{not_run} cells were not run")
-    seen = page.evaluate(PICTURES)
+    seen = page.evaluate(PICTURES, notebook.name)
+    page.evaluate(CLOSE, notebook.name)
     return faults + [f"{seen} pictures, not {pictures}"] * (seen < pictures)
 
 
-def run_all(browser, notebooks: list[Path], address) -> dict[str, list[str]]:
+def run_all(browser, notebooks: list[Path], address: str) -> dict[str, list[str]]:
     "Run the notebooks, two at a time; returns what went wrong in each."
     pictures = {path.stem: path.read_text(encoding="utf-8").count('"image/png":') for path in notebooks}
-    waiting, running, faults = list(notebooks), [], {}
-    context = browser.new_context(viewport={"width": 1300, "height": 900})
+    waiting, running, faults = list(notebooks), {}, {}
+    page = browser.new_page(viewport={"width": 1300, "height": 900})
+    page.goto(address)
+    page.wait_for_function("window.jupyterapp?.restored.then(() => true)", timeout=60_000)
     while waiting or running:
         while waiting and len(running) < 2:
             path = waiting.pop(0)
-            running.append((path, start(context, address(path.stem)), time.monotonic() + PATIENCE))
-        for path, page, end in list(running):
+            start(page, path.name)
+            running[path] = time.monotonic() + PATIENCE
+        for path, end in list(running.items()):
             late = time.monotonic() > end
-            if late or not any("*" in prompt for prompt in page.evaluate(PROMPTS)):
+            if late or not any("*" in prompt for prompt in page.evaluate(PROMPTS, path.name)):
                 faults[path.stem] = faults_in(page, path, pictures[path.stem]) + [f"not done in {PATIENCE} s"] * late
-                page.close()
-                running.remove((path, page, end))
-        time.sleep(0.3)
-    context.close()
+                del running[path]
+        page.wait_for_timeout(300)
+    page.close()
     return faults
 
 
