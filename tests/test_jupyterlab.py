@@ -28,12 +28,12 @@ SETTINGS = {
 }
 PATIENCE = 240  # seconds for a chapter on two slow cores, others running beside it
 PANEL = "Array.from(jupyterapp.shell.widgets('main')).find(e => e.context?.path === path)"
-PROMPTS = f"path => Array.from({PANEL}.node.querySelectorAll('.jp-CodeCell .jp-InputPrompt'), e => e.innerText)"
+PROMPTS = f"path => Array.from({PANEL}.node.querySelectorAll('.jp-CodeCell .jp-InputPrompt'), e => e.textContent)"
 PICTURES = (f"path => Array.from({PANEL}.node.querySelectorAll('.jp-OutputArea-output img'))"
             ".filter(e => e.naturalWidth > 0).length")
-OPEN = "path => jupyterapp.commands.execute('docmanager:open', {path}).then(() => true)"
+OPEN = ("path => jupyterapp.commands.execute('docmanager:open', {path}).then(panel => panel.sessionContext.ready"
+        ".then(() => panel.sessionContext.session.kernel.info).then(() => true))")  # until the kernel has answered
 CLOSE = f"path => {{ const panel = {PANEL}; return panel.sessionContext.shutdown().then(() => panel.dispose()) }}"
-SHOWN = ".jp-NotebookPanel:not(.lm-mod-hidden)"
 
 
 def make_kernel(root: Path, name: str, *more: str):
@@ -93,15 +93,9 @@ def lab(tmp_path_factory):
 def start(page, name: str):
     "Open a notebook in a tab and choose Run > Run All Cells."
     page.evaluate(OPEN, name)
-    page.wait_for_selector(f'{SHOWN} .jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
-    for _ in range(10):  # while the kernel is not yet connected, running does nothing
-        page.click('.lm-MenuBar-item:has-text("Run")')
-        page.click('[data-command="runmenu:run-all"]')
-        for _ in range(30):
-            page.wait_for_timeout(100)
-            if any(re.search(r"[*\d]", prompt) for prompt in page.evaluate(PROMPTS, name)):
-                return
-    raise TimeoutError(f"nothing runs in {name}")
+    page.click('.lm-MenuBar-item:has-text("Run")')
+    page.click('[data-command="runmenu:run-all"]')
+    page.wait_for_function(f"path => ({PROMPTS})(path).some(prompt => /[*0-9]/.test(prompt))", arg=name, timeout=60_000)
 
 
 def faults_in(page, notebook: Path, pictures: int) -> list[str]:
@@ -135,7 +129,8 @@ def run_all(browser, notebooks: list[Path], address: str) -> dict[str, list[str]
     waiting, running, faults = list(notebooks), {}, {}
     page = browser.new_page(viewport={"width": 1300, "height": 900})
     page.goto(address)
-    page.wait_for_function("window.jupyterapp?.restored.then(() => true)", timeout=60_000)
+    page.wait_for_function("window.jupyterapp", timeout=60_000)
+    page.evaluate("Promise.all([jupyterapp.restored, jupyterapp.serviceManager.ready]).then(() => true)")
     while waiting or running:
         while waiting and len(running) < 2:
             path = waiting.pop(0)

@@ -167,7 +167,7 @@ def test_wandb_keeps_what_the_log_holds_without_a_network(config, tmp_path):
     wandb = pytest.importorskip("wandb")
     runs = [train(replace(config, tracker="wandb", watch=True, max_steps=18, run_dir=str(tmp_path / name)))
             for name in ("first", "second")]
-    wandb.finish()
+    wandb.teardown()  # waits until the files are written
     for run in runs:
         (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
         kept, rows = list(wandb_lines(file)), metrics(run)
