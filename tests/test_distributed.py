@@ -26,9 +26,12 @@ CLOSE = {"rtol": 0, "atol": 1e-5}  # nats per token: sums are made in another or
 STEPS = 24
 
 
-def torchrun(processes, *arguments, restarts=0):
-    "Start this file in several processes by torchrun; returns what became of the job."
-    launch = ["--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}", __file__, *arguments]
+def torchrun(processes, *arguments, restarts=0, look_every=0.1):
+    """Start this file in several processes by torchrun; returns what became of the job.
+
+    When torchrun, which looks every so many seconds, sees that one is dead, it ends the others by SIGTERM."""
+    launch = ["--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}",
+              f"--monitor-interval={look_every}", __file__, *arguments]
     job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, launch)], text=True,
                            encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -280,7 +283,7 @@ def test_two_processes_stopped_go_on_with_four_by_the_command(two, alone, tmp_pa
 
 
 def test_one_killed_ends_the_job_and_the_run_goes_on(short, alone, tmp_path):
-    job = torchrun(2, "command", "1", "train", *flags(short, run_dir=tmp_path / "run"))
+    job = torchrun(2, "command", "1", "train", *flags(short, run_dir=tmp_path / "run"), look_every=10)  # time to speak
     assert job.returncode != 0
     assert job.stderr.count("tinylm: another process of this job has died; go on with --resume") == 1
     assert_same(resume(tmp_path / "run"), alone)
