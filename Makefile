@@ -24,7 +24,7 @@ help:  ## list the targets
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@ .venv/run
 
-demo: .venv/run  ## from nothing to a told story in under three minutes
+demo: .venv/run  ## from nothing, the packages included, to a told story in about three minutes
 	$(BIN)/tinylm train
 
 test: export OMP_NUM_THREADS := 1  # two workers, a core each
