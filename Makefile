@@ -29,7 +29,6 @@ demo: .venv/run  ## from nothing, the packages included, to a told story in abou
 
 test: export OMP_NUM_THREADS := 1  # two workers, a core each
 test: .venv/dev  ## run every notebook and every test
-	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: .venv/dev  ## open the chapters in JupyterLab
