@@ -25,6 +25,7 @@ from test_train import one_thread  # noqa: F401
 from tiny import checkpoints, metrics, result, tell, write_fables
 from torch.testing import assert_close
 
+import tinylm.saving
 import tinylm.train
 from tinylm import cli
 from tinylm.data import InputError
@@ -396,7 +397,7 @@ def sign(folder, without=""):
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     del state["sha256"]
     state["extra"].pop(without, None)
-    state["sha256"] = tinylm.train._checksums(folder, state)
+    state["sha256"] = tinylm.saving._checksums(folder, state)
     (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 

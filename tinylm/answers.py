@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['equal_weights', 'longest_match', 'layer_norm', 'log_softmax', 'query_for_distance', 'long_context',
-           'multi_query_attention', 'smooth_cross_entropy', 'warmup_factor', 'whole_gradient', 'gradients_in_halves',
-           'seeds_needed', 'welch_half_width', 'keep_min_p', 'entropy', 'quantize_rows', 'half_split_matrix',
-           'number_starts', 'edit_distance', 'ulps']
+           'multi_query_attention', 'smooth_cross_entropy', 'warmup_factor', 'whole_gradient', 'read_safetensors',
+           'gradients_in_halves', 'seeds_needed', 'welch_half_width', 'keep_min_p', 'entropy', 'quantize_rows',
+           'half_split_matrix', 'number_starts', 'edit_distance', 'ulps']
 
 # %% ../nbs/12_answers.ipynb #14531c95
+import json
 import math
 import re
 import statistics
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -208,6 +210,52 @@ PARTS["whole_gradient"] = Part("05_distributed", whole_gradient, {
     "the gradients are added up, not averaged": lambda gradients, rows: sum(gradients),
     "the sum is divided by the number of processes, not of rows": lambda gradients, rows: (
         sum(g * n for g, n in zip(gradients, rows, strict=True)) / len(rows)),
+})
+
+# %% ../nbs/12_answers.ipynb #de567da4
+def read_safetensors(data: bytes) -> dict[str, Tensor]:
+    "Read the float32 and int64 tensors of a safetensors file from its bytes."
+    size = int.from_bytes(data[:8], "little")
+    dtypes, found = {"F32": torch.float32, "I64": torch.int64}, {}
+    for name, entry in json.loads(data[8 : 8 + size]).items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            content = bytearray(data[8 + size + begin : 8 + size + end])
+            found[name] = torch.frombuffer(content, dtype=dtypes[entry["dtype"]]).reshape(entry["shape"])
+    return found
+
+# %% ../nbs/12_answers.ipynb #0842fa8e
+def _reading(remarks: dict[str, str] | None = None, **tensors: Tensor):
+    data = safetensors.torch.save(tensors, remarks)
+    return lambda answer: {f"tensor {name}": x for name, x in answer(data).items()}
+
+# %% ../nbs/12_answers.ipynb #6498454b
+def _misread(origin=lambda size: 8 + size, content=bytes, shaped=Tensor.reshape, skip=("__metadata__",)):
+    def read(data: bytes) -> dict[str, Tensor]:
+        size, found = int.from_bytes(data[:8], "little"), {}
+        header = json.loads(data[8 : 8 + size])
+        for name in header.keys() - set(skip):
+            begin, end = (origin(size) + place for place in header[name]["data_offsets"])
+            dtype = torch.float32 if header[name]["dtype"] == "F32" else torch.int64
+            x = torch.frombuffer(bytearray(content(data[begin:end])), dtype=dtype)
+            found[name] = shaped(x, header[name]["shape"])
+        return found
+    return read
+
+# %% ../nbs/12_answers.ipynb #9113b15f
+PARTS["read_safetensors"] = Part("05_saving", read_safetensors, {
+    "one row": _reading(a=_random(4)), "a matrix": _reading(a=_random(2, 3)),
+    "numbers and whole numbers": _reading(a=_random(2, 3), b=torch.arange(5), c=_random(1, seed=1)[0]),
+    "a file with remarks": _reading({"format": "pt"}, a=_random(2, 3)),
+}, {
+    "places are counted from the beginning of the file, not from the end of the header": _misread(lambda size: 0),
+    "the eight bytes of the length are forgotten": _misread(lambda size: size),
+    "the shape is not given back": _misread(shaped=lambda x, shape: x),
+    "the first axis runs fastest, not the last": _misread(shaped=lambda x, shape: x.reshape(shape[::-1]).mT
+                                                          if len(shape) > 1 else x.reshape(shape)),
+    "the highest byte comes first, not the lowest": _misread(
+        content=lambda data: data[::-1], shaped=lambda x, shape: x.flip(0).reshape(shape)),
+    "the remarks under `__metadata__` are taken for a tensor": _misread(skip=()),
 })
 
 # %% ../nbs/12_answers.ipynb #5a95045c

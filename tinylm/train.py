@@ -4,19 +4,15 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'get_batch', 'evaluate', 'evaluate_stories', 'fables_floor', 'TrainConfig', 'prepare', 'Diverged',
-           'train_step', 'save_checkpoint', 'load_checkpoint', 'Stopped', 'train', 'resume', 'load_run', 'plot_run',
-           'plot_watch', 'Forecast', 'forecast', 'TrainOptions', 'record_run']
+           'train_step', 'Stopped', 'train', 'resume', 'load_run', 'plot_run', 'plot_watch', 'Forecast', 'forecast',
+           'TrainOptions', 'record_run']
 
 # %% ../nbs/05_train.ipynb #6b98b374
-import errno
-import hashlib
 import importlib.util
-import itertools
 import json
 import math
 import os
 import platform
-import secrets
 import shutil
 import signal
 import subprocess
@@ -31,8 +27,6 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -40,6 +34,7 @@ import tinylm
 from tinylm.data import (
     END_OF_TEXT,
     InputError,
+    _cannot_write,
     atomic_write,
     corpus_name,
     fable_logprob,
@@ -60,13 +55,8 @@ from tinylm.distributed import (
 )
 from .model import ModelConfig, TransformerLM, flops_per_token, memory_table, num_parameters
 from .optim import AdamW, clip_grad_norm, cosine_lr, cross_entropy
+from .saving import _fill, _locked, _read_state, _say, load_checkpoint, save_checkpoint
 from .tokenizer import TokenFile, Tokenizer, file_sha256, train_bpe
-
-# %% ../nbs/05_train.ipynb #b249e895
-if sys.platform == "win32":  # each system locks files in its own way
-    import msvcrt
-else:
-    import fcntl
 
 # %% ../nbs/05_train.ipynb #cee05f9c
 def _windows(tokens: np.ndarray, starts: np.ndarray, context_length: int, device: Any) -> tuple[Tensor, Tensor]:
@@ -360,11 +350,6 @@ def _usable(path: Path, tokenizer: Tokenizer, sha256: str) -> TokenFile | None:
         raise InputError(f"{path}: made by tokenizer {found}, expected {expected}; {again}")
     return file
 
-# %% ../nbs/05_train.ipynb #a2975540
-def _say(message: str) -> None:
-    """Write a line to standard error, past a progress bar."""
-    tqdm.write(message, file=sys.stderr)
-
 # %% ../nbs/05_train.ipynb #3d535553
 def _check_data(config: TrainConfig, tokenizer: Tokenizer, train_file: TokenFile, valid_file: TokenFile) -> None:
     """Raise InputError unless config, tokenizer and token files belong together and are long enough."""
@@ -425,197 +410,6 @@ def train_step(
         raise Diverged(step, loss_value, norm_value)
     optimizer.step()
     return loss_value, norm_value
-
-# %% ../nbs/05_train.ipynb #06b3c869
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-
-
-def _write_tensors(file: BinaryIO, tensors: dict[str, Tensor]) -> str:
-    """Write tensors in the format of safetensors, without a copy of them all; return the SHA-256."""
-    header, end = {}, 0
-    for name, x in tensors.items():
-        begin, end = end, end + x.nbytes
-        header[name] = {"dtype": _DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    parts: Iterator[Any] = itertools.chain([len(text).to_bytes(8, "little"), text], map(_bytes_of, tensors.values()))
-    for part in parts:
-        digest.update(part)
-        file.write(part)
-    return digest.hexdigest()
-
-
-def _bytes_of(x: Tensor) -> Any:
-    """Look at the bytes of a tensor in main memory; one that is not whole is copied first."""
-    return x.contiguous().view(-1).view(torch.uint8).numpy()
-
-# %% ../nbs/05_train.ipynb #32dc456e
-@on_rank0
-def _write_folder(out: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """Write the files of a checkpoint all at once: after a crash they are either all there or none."""
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        checksums = {"state.json": _state_sha256(state)}
-        for name, content in tensors.items():
-            with _stored(temporary / name) as file:
-                checksums[name] = _write_tensors(file, content)
-        with _stored(temporary / "state.json") as file:
-            file.write(json.dumps({**state, "sha256": checksums}, indent=1).encode())
-        _sync_folder(temporary)
-        if out.exists():
-            shutil.rmtree(_aside(out), ignore_errors=True)
-            os.replace(out, _aside(out))
-        os.replace(temporary, out)
-        _sync_folder(out.parent)
-        shutil.rmtree(_aside(out), ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise _cannot_write(out, error) from error
-        raise
-
-# %% ../nbs/05_train.ipynb #4db529db
-def _cannot_write(path: Path, error: OSError) -> InputError:
-    """Name the place that cannot be written, which the system's own message leaves out."""
-    return InputError(f"{path}: cannot write ({error.strerror}); free some space or choose another folder")
-
-
-def _aside(out: Path) -> Path:
-    """Name the place where an older checkpoint waits until the one that replaces it is there."""
-    return out.with_name(f".{out.name}.old.tmp")
-
-# %% ../nbs/05_train.ipynb #2e5676ec
-@contextmanager
-def _stored(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file, and make the disk store what was written."""
-    with open(path, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the disk store a folder's list of names (a no-op on Windows)."""
-    if os.name != "nt":
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-# %% ../nbs/05_train.ipynb #e425ede4
-def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """List the names of the parameters in the order in which the optimizer counts them."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-
-# %% ../nbs/05_train.ipynb #e4ca0952
-def _pack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimizer's state into tensors and plain numbers, both under parameter names."""
-    names, packed = _parameter_names(model, optimizer), optimizer.state_dict()
-    state = {f"{names[i]}.{key}": value for i, entry in packed["state"].items() for key, value in entry.items()}
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    numbers = {key: value for key, value in state.items() if key not in tensors}
-    return tensors, {"state": numbers, "param_groups": packed["param_groups"]}
-
-# %% ../nbs/05_train.ipynb #3ba13f43
-def _unpack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict, numbers: dict) -> None:
-    """Put back what _pack_optimizer took."""
-    index = {name: i for i, name in enumerate(_parameter_names(model, optimizer))}
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in {**tensors, **numbers["state"]}.items():
-        parameter, key = name.rsplit(".", 1)
-        state.setdefault(index[parameter], {})[key] = value.clone() if isinstance(value, Tensor) else value
-    optimizer.load_state_dict({"state": state, "param_groups": numbers["param_groups"]})
-
-# %% ../nbs/05_train.ipynb #06b43419
-def save_checkpoint(
-    model: nn.Module,  # its parameters are saved
-    optimizer: torch.optim.Optimizer,  # its state is saved
-    iteration: int,  # number of steps taken so far
-    out: str | Path,  # the folder to write
-    extra: dict[str, Any] | None = None,  # more to keep in state.json: anything that JSON can hold
-) -> None:
-    """Write a checkpoint folder: model.safetensors, optimizer.safetensors and state.json with their checksums.
-
-    Raises InputError when the place cannot be written or is full; nothing half-written stays.
-    """
-    moments, numbers = _pack_optimizer(model, optimizer)
-    tensors = {"model.safetensors": model.state_dict(), "optimizer.safetensors": moments}
-    state = {"iteration": iteration, "optimizer": numbers, "extra": extra or {}}
-    _write_folder(Path(out), {name: gathered(content) for name, content in tensors.items()}, state)
-
-# %% ../nbs/05_train.ipynb #2c5baf65
-_TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
-
-
-def _state_sha256(state: dict[str, Any]) -> str:
-    """Compute the SHA-256 of state.json without its checksums."""
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, str]:
-    """Compute the SHA-256 of each file of a checkpoint as it lies on the disk."""
-    return {name: file_sha256(folder / name) for name in _TENSOR_FILES} | {"state.json": _state_sha256(state)}
-
-# %% ../nbs/05_train.ipynb #f84c04b6
-def _read_state(src: Path) -> tuple[Path, dict[str, Any]]:
-    """Check the files of a checkpoint; return where they lie, and state.json.
-
-    Raises InputError naming the file that is missing or damaged."""
-    if not src.exists() and _aside(src).exists():  # killed between the two renames
-        src = _aside(src)
-    try:
-        state = json.loads((src / "state.json").read_bytes())
-        expected = state.pop("sha256")
-        found = _checksums(src, state)
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot read this part of a checkpoint ({error.strerror})") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{src / 'state.json'}: damaged, not the JSON of a checkpoint") from error
-    for name, sha256 in found.items():
-        if sha256 != expected.get(name):
-            raise InputError(f"{src / name}: damaged, its SHA-256 {sha256[:12]}... is not the one in state.json")
-    return src, state
-
-# %% ../nbs/05_train.ipynb #0cfc6a54
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file. Raises InputError if it is something else, however well its checksum fits."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a safetensors file ({error})") from error
-
-# %% ../nbs/05_train.ipynb #e920eb98
-def load_checkpoint(
-    src: str | Path,  # a checkpoint folder
-    model: nn.Module,  # gets the saved parameters
-    optimizer: torch.optim.Optimizer | None = None,  # gets the saved state; None leaves it out
-) -> int:  # number of steps that had been taken
-    """Load a checkpoint after checking it.
-
-    Raises InputError when a file is missing or damaged, or when the model has another shape.
-    """
-    folder, state = _read_state(Path(src))
-    _fill(folder, state, model, optimizer)
-    return state["iteration"]
-
-
-def _fill(src: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Put the numbers of a checkpoint into model and optimizer."""
-    weights = _tensors(src / "model.safetensors")
-    ours = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    theirs = {name: tuple(p.shape) for name, p in weights.items()}
-    if ours != theirs:
-        name = min(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
-        raise InputError(f"{src}: does not fit: {name} is {theirs.get(name)} there and {ours.get(name)} in the model")
-    moments = _tensors(src / "optimizer.safetensors")
-    model.load_state_dict(weights)
-    if optimizer is not None:
-        _unpack_optimizer(model, optimizer, moments, state["optimizer"])
 
 # %% ../nbs/05_train.ipynb #e453b8b4
 _CHECKPOINTS_KEPT = 3
@@ -953,45 +747,6 @@ def _watch_again(run: _Run) -> _Row:
 def _number(x: float) -> float | str:
     """Round to four digits; JSON has no infinity, so that becomes a word."""
     return float(f"{x:.4g}") if math.isfinite(x) else str(x)
-
-# %% ../nbs/05_train.ipynb #56151e1f
-@contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder; rank 0 does. Raises InputError, telling who holds it, if another process has it."""
-    if rank() > 0:
-        yield
-        return
-    try:
-        descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise _cannot_write(run_dir, error) from error
-    try:
-        if not _try_lock(descriptor, run_dir):
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            holder = os.read(descriptor, 200).decode() or "another process"
-            raise InputError(f"{run_dir}: in use by {holder}; stop it first, or wait")
-        os.ftruncate(descriptor, 0)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.write(descriptor, f"process {os.getpid()} on {platform.node()} since {since}".encode())
-        yield
-    finally:
-        os.close(descriptor)
-
-# %% ../nbs/05_train.ipynb #745edbf7
-def _try_lock(descriptor: int, run_dir: Path) -> bool:
-    """Take the lock of an open file; False if another process has it. Warns where there are no locks."""
-    try:
-        if sys.platform == "win32":
-            os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # a byte behind the text, which stays readable
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            return False
-        _say(f"{run_dir}: no locks on this file system ({error.strerror}); see that no other process writes there")
-    return True
 
 # %% ../nbs/05_train.ipynb #5f4858b8
 _MOMENTARY = {"max_steps", "max_minutes", "fsdp"}  # holds for one command, not for the run
