@@ -87,18 +87,18 @@ def flags(config, *names: str) -> list[str]:
 @posix
 def test_a_search_stopped_by_ctrl_c_goes_on_exactly_where_it_was(tiny, tmp_path):
     command = [sys.executable, "-m", "tinylm.cli", "search", "--preset", "debug", *flags(tiny, *FIELDS),
-               "--lrs", "0.01,0.02", "--seeds", "0,1", "--jobs", "1", "--out", str(tmp_path)]
+               "--lrs", "0.01,0.02", "--seeds", "0", "--jobs", "1", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/step-*")), process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "same command goes on" in said, said
-    assert list(tmp_path.glob("runs/*/checkpoints/step-*")) and len(curves(tmp_path)) < 4
+    assert list(tmp_path.glob("runs/*/checkpoints/step-*")) and len(curves(tmp_path)) < 2
 
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
-    assert "| baseline | 0.02 | 2    | 0 " in again.stdout and "best lr" in again.stdout
+    assert "| baseline | 0.02 | 1    | 0 " in again.stdout and "best lr" in again.stdout
     assert not list((tmp_path / "runs").iterdir())
     undisturbed = train(replace(tiny, lr=0.01, seed=0, run_dir=str(tmp_path / "undisturbed")))
     lines = (undisturbed / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -22,13 +22,12 @@ from conftest import CHAPTERS, ROOT, environment, runnable_copy
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
-SETTINGS = {
-    "notebook-extension/tracker": {"windowingMode": "none"},  # else only the cells in sight are on the page
-    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
-}
+NOTIFICATION = {"fetchNews": "false", "checkForUpdates": False}
 PATIENCE = 240  # seconds for a chapter on two slow cores, others running beside it
 PANEL = "Array.from(jupyterapp.shell.widgets('main')).find(e => e.context?.path === path)"
-PROMPTS = f"path => Array.from({PANEL}.node.querySelectorAll('.jp-CodeCell .jp-InputPrompt'), e => e.textContent)"
+CELLS = f"Array.from({PANEL}.content.model.cells)"  # Lab puts cells that are out of sight on the page one by one
+BEGUN = f"path => {CELLS}.some(cell => cell.executionState === 'running' || cell.executionCount)"
+RUNNING = f"path => {CELLS}.some(cell => cell.executionState === 'running')"  # from the menu's click on
 PICTURES = (f"path => Array.from({PANEL}.node.querySelectorAll('.jp-OutputArea-output img'))"
             ".filter(e => e.naturalWidth > 0).length")
 OPEN = ("path => jupyterapp.commands.execute('docmanager:open', {path}).then(panel => panel.sessionContext.ready"
@@ -66,10 +65,9 @@ def lab(tmp_path_factory):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     token = secrets.token_hex(8)
-    for name, settings in SETTINGS.items():
-        file = root / f".settings/@jupyterlab/{name}.jupyterlab-settings"
-        file.parent.mkdir(parents=True)
-        file.write_text(json.dumps(settings), encoding="utf-8")
+    settings = root / ".settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps(NOTIFICATION), encoding="utf-8")
     env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(root / ".settings"), "JUPYTER_CONFIG_DIR": str(root / ".config"),
                         "JUPYTER_PATH": str(root / ".jupyter"), "IN_TEST": "1"}
     server = subprocess.Popen(
@@ -95,7 +93,7 @@ def start(page, name: str):
     page.evaluate(OPEN, name)
     page.click('.lm-MenuBar-item:has-text("Run")')
     page.click('[data-command="runmenu:run-all"]')
-    page.wait_for_function(f"path => ({PROMPTS})(path).some(prompt => /[*0-9]/.test(prompt))", arg=name, timeout=60_000)
+    page.wait_for_function(BEGUN, arg=name, timeout=60_000)
 
 
 def faults_in(page, notebook: Path, pictures: int) -> list[str]:
@@ -118,7 +116,11 @@ def faults_in(page, notebook: Path, pictures: int) -> list[str]:
     not_run = sum(bool("".join(c["source"]).strip()) and c["execution_count"] is None for c in cells)
     if not_run:
         faults.append(f"{not_run} cells were not run")
-    seen = page.evaluate(PICTURES, notebook.name)
+    for _ in range(50):
+        seen = page.evaluate(PICTURES, notebook.name)
+        if seen >= pictures:
+            break
+        page.wait_for_timeout(100)
     page.evaluate(CLOSE, notebook.name)
     return faults + [f"{seen} pictures, not {pictures}"] * (seen < pictures)
 
@@ -138,7 +140,7 @@ def run_all(browser, notebooks: list[Path], address: str) -> dict[str, list[str]
             running[path] = time.monotonic() + PATIENCE
         for path, end in list(running.items()):
             late = time.monotonic() > end
-            if late or not any("*" in prompt for prompt in page.evaluate(PROMPTS, path.name)):
+            if late or not page.evaluate(RUNNING, path.name):
                 faults[path.stem] = faults_in(page, path, pictures[path.stem]) + [f"not done in {PATIENCE} s"] * late
                 del running[path]
         page.wait_for_timeout(300)
