@@ -18,7 +18,8 @@ def nbval(folder: Path, processes: int) -> tuple[int, str]:
     # IN_TEST keeps nbdev from exporting; other plugins take seconds to load.
     env = os.environ | {"IN_TEST": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     options = ["-p", "nbval.plugin", "--nbval-lax", "--nbval-cell-timeout=300", "--nbval-kernel-startup-timeout=120",
-               "-p", "xdist.plugin", "-n", str(processes), "--dist", "loadfile", "-p", "no:cacheprovider", "-q", "--color=no"]
+               "-p", "xdist.plugin", "-n", str(processes), "--dist", "loadfile", "-p", "no:cacheprovider", "-q",
+               "--color=no"]
     result = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=folder, env=env, capture_output=True,
                             text=True, encoding="utf-8")
     return result.returncode, result.stdout[-3000:] + result.stderr[-1000:]
