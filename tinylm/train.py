@@ -300,6 +300,8 @@ def _prepare(config: TrainConfig) -> tuple[Tokenizer, _Files, dict[str, Path]]:
         tokenizer = Tokenizer(*train_bpe(paths["train"], config.vocab_size, [END_OF_TEXT]), [END_OF_TEXT])
         _forget_others(folder, tokenizer)
         tokenizer.save(folder)
+        with atomic_write(folder / "made_from.json", "w") as file:
+            json.dump({"sha256": sha256, "fingerprint": tokenizer.fingerprint}, file)
     train_file = _token_file(folder / "train.bin", tokenizer, paths["train"], sha256)
     valid_file = _token_file(folder / "valid.bin", tokenizer, paths["valid"], file_sha256(paths["valid"]))
     return tokenizer, (train_file, valid_file), paths
@@ -315,11 +317,13 @@ def _token_file(path: Path, tokenizer: Tokenizer, text: Path, sha256: str) -> To
 
 # %% ../nbs/05_train.ipynb #21bd84f8
 def _load_tokenizer(folder: Path, train_sha256: str) -> Tokenizer | None:
-    """Load the folder's tokenizer if it belongs to the training text with this checksum."""
-    if not (folder / "tokenizer.json").exists():
+    """Load the folder's tokenizer if it was trained on the text with this checksum."""
+    made_from = folder / "made_from.json"
+    if not (folder / "tokenizer.json").exists() or not made_from.exists():
         return None
     tokenizer = Tokenizer.load(folder)
-    return tokenizer if _usable(folder / "train.bin", tokenizer, train_sha256) else None
+    same = {"sha256": train_sha256, "fingerprint": tokenizer.fingerprint} == json.loads(made_from.read_bytes())
+    return tokenizer if same or _usable(folder / "train.bin", tokenizer, train_sha256) else None
 
 # %% ../nbs/05_train.ipynb #b783cf2b
 def _forget_others(folder: Path, tokenizer: Tokenizer) -> None:
