@@ -280,6 +280,20 @@ def test_an_unfinished_token_file_is_made_again(own_data):
         assert file in prepare(own_data)
 
 
+@pytest.mark.parametrize("note", [None, "", "[7]", '{"sha256": "of another text"}'])
+@pytest.mark.parametrize("encoded", [True, False])
+def test_a_tokenizer_without_a_good_note_is_kept_for_its_token_file_alone(own_data, capsys, note, encoded):
+    tokenizer, file, _ = prepare(own_data)
+    made_from = file.path.with_name("made_from.json")
+    assert json.loads(made_from.read_text(encoding="utf-8"))["fingerprint"] == tokenizer.fingerprint
+    made_from.unlink() if note is None else made_from.write_text(note, encoding="utf-8")
+    if not encoded:
+        file.path.with_suffix(".json").unlink()
+    capsys.readouterr()
+    assert prepare(own_data)[0].fingerprint == tokenizer.fingerprint
+    assert ("training a tokenizer" in capsys.readouterr().err) == (not encoded)
+
+
 def test_killed_after_the_tokenizer_of_a_changed_text_was_saved(own_data, tmp_path, monkeypatch):
     "The old token files belong to the old tokenizer; the next command sees that and is not stuck."
     changed = replace(own_data, corpus=write_fables(tmp_path / "train.txt", 301, 6))

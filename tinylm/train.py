@@ -318,11 +318,14 @@ def _token_file(path: Path, tokenizer: Tokenizer, text: Path, sha256: str) -> To
 # %% ../nbs/05_train.ipynb #21bd84f8
 def _load_tokenizer(folder: Path, train_sha256: str) -> Tokenizer | None:
     """Load the folder's tokenizer if it was trained on the text with this checksum."""
-    made_from = folder / "made_from.json"
-    if not (folder / "tokenizer.json").exists() or not made_from.exists():
+    if not (folder / "tokenizer.json").exists():
         return None
     tokenizer = Tokenizer.load(folder)
-    same = {"sha256": train_sha256, "fingerprint": tokenizer.fingerprint} == json.loads(made_from.read_bytes())
+    try:
+        made_from = json.loads((folder / "made_from.json").read_bytes())
+    except (OSError, ValueError):  # no note, or a damaged one: the token file knows it too
+        made_from = None
+    same = made_from == {"sha256": train_sha256, "fingerprint": tokenizer.fingerprint}
     return tokenizer if same or _usable(folder / "train.bin", tokenizer, train_sha256) else None
 
 # %% ../nbs/05_train.ipynb #b783cf2b
