@@ -1115,7 +1115,7 @@ def merge_pairs(
     return merges[:step]
 
 # %% ../nbs/09_kernels.ipynb #87d83506
-_ENCODE_BITS = 18  # 262,144 lines, 8 MB
+_ENCODE_BITS = 19  # 524,288 lines, 16 MB
 _EMPTY = _u64(2**64 - 1)
 
 def _empty_lines() -> np.ndarray:
