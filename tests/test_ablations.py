@@ -87,7 +87,7 @@ def flags(config, *names: str) -> list[str]:
 @posix
 def test_a_search_stopped_by_ctrl_c_goes_on_exactly_where_it_was(tiny, tmp_path):
     command = [sys.executable, "-m", "tinylm.cli", "search", "--preset", "debug", *flags(tiny, *FIELDS),
-               "--lrs", "0.01,0.02", "--seeds", "0", "--jobs", "1", "--out", str(tmp_path)]
+               "--lrs", "0.01,0.02", "--seeds", "0", "--jobs", "2", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/step-*")), process)

@@ -150,7 +150,7 @@ def window_start(
 
 # %% ../nbs/07_generate.ipynb #a3119440
 _loops = partial(_compiled, fastmath={"reassoc", "contract", "arcp", "nsz"})
-event.register("numba:compile", _Announcement(__name__, "generation", 5))
+event.register("numba:compile", _Announcement("tinylm.generate", "generation", 5))
 
 # %% ../nbs/07_generate.ipynb #55a46ddf
 @_loops

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import os
 import queue
-import sys
 import threading
 import zlib
 from collections import deque
@@ -27,20 +26,12 @@ __all__ = ['split_pretokens', 'Pretokens', 'count_pretokens', 'merge_pairs', 'En
 
 # %% ../nbs/09_kernels.ipynb #a2b8384b
 def _compiled(function: Callable, **options: Any) -> Callable:
-    "Compile at the first call, and keep the code on disk where some folder can be written."
+    "Compile at the first call; code of a module is kept on disk where some folder can be written."
     options = {"nogil": True, "error_model": "numpy", **options}
     try:
-        return numba.njit(cache=True, **options)(function)
+        return numba.njit(cache=function.__module__ != "__main__", **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache is writable
         return numba.njit(**options)(function)
-
-# %% ../nbs/09_kernels.ipynb #5ame7ype
-_Class = TypeVar("_Class", bound=Any)
-
-def _same_type(new: _Class) -> _Class:
-    "The class of this name and these fields that the package has; in the package itself, the new one."
-    known = getattr(sys.modules.get("tinylm.kernels"), new.__name__, new)
-    return known if known._fields == new._fields else new
 
 # %% ../nbs/09_kernels.ipynb #926841c3
 _LETTER, _NUMBER, _OTHER, _SPACE, _WHITE = range(5)  # white: whitespace other than the space
@@ -278,7 +269,6 @@ def _mend_contractions(data, n, kind, start):
         i = _find_byte(data, i + 1, n, quote)
 
 # %% ../nbs/09_kernels.ipynb #09f7ac08
-@_same_type
 class _Specials(NamedTuple):
     "Special tokens, the longest first."
     firsts: np.ndarray  # the different first bytes, uint8
@@ -332,7 +322,6 @@ def _find_specials(data, n, specials, spans):
     return num
 
 # %% ../nbs/09_kernels.ipynb #731cf171
-@_same_type
 class _Scratch(NamedTuple):
     "Memory to split a block of n bytes in."
     kind: np.ndarray  # (n + _PAD,) uint8
@@ -398,7 +387,6 @@ def split_pretokens(
     return [text[i:j] for i, j in zip(starts, starts[1:], strict=False)]
 
 # %% ../nbs/09_kernels.ipynb #ba3b252f
-@_same_type
 class _Table(NamedTuple):
     "Counts of distinct byte strings: string k is arena[offsets[k] : offsets[k + 1]]."
     slots: np.ndarray  # uint64: high half of the hash, then k + 1; 0 if empty
@@ -750,14 +738,12 @@ _EDGE = -(2**31)
 _TIMES, _PLACES, _FIRST, _END = range(4)  # how often a pair occurs, at how many places; where its list begins and ends
 _NUM, _LISTED, _WAITING = range(3)  # how many pairs there are; how much of the lists and of the heap is used
 
-@_same_type
 class _Places(NamedTuple):
     "All distinct pretokens end to end, an edge before and after each."
     symbol: np.ndarray  # int32: id of the token that starts here, -size of the one that ends here, or _EDGE
     pair: np.ndarray  # int32: number of the pair that starts here, or -1
     counts: np.ndarray  # int64: how often each pretoken occurs
 
-@_same_type
 class _Pairs(NamedTuple):
     "Pairs of tokens."
     left: np.ndarray  # int32: id
@@ -765,7 +751,6 @@ class _Pairs(NamedTuple):
     tally: np.ndarray  # (n, 4) int64: _TIMES, _PLACES, _FIRST (-1 without a list) and _END of each pair
     used: np.ndarray  # (3,) int64: _NUM, _LISTED, _WAITING
 
-@_same_type
 class _Tokens(NamedTuple):
     "The bytes of each token: token k is arena[offsets[k] : offsets[k] + size[k]]."
     size: np.ndarray  # int32
@@ -940,7 +925,6 @@ def _comes_first(tokens, pairs, p, count_p, q, count_q):
     return a != b and _greater(tokens.size, tokens.prefix, tokens.offsets, tokens.arena, a, b)
 
 # %% ../nbs/09_kernels.ipynb #heaps002
-@_same_type
 class _Heap(NamedTuple):
     "Pairs, each before the two at 2i + 1 and 2i + 2."
     pair: np.ndarray  # int32: number
@@ -1205,7 +1189,6 @@ def _encode_known(keys, j, num, lines, out, k):
 # %% ../nbs/09_kernels.ipynb #085662c1
 _NONE = 2**22 - 1  # the rank of a pair that no merge joins
 
-@_same_type
 class _Ranks(NamedTuple):
     "Which merge joins two ids."
     byte_ids: np.ndarray  # (256,) uint32
