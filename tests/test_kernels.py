@@ -455,6 +455,16 @@ def test_works_where_nothing_can_be_written(copied):
     assert done.stdout == "2\n", done.stderr
 
 
+def test_a_notebook_keeps_no_compiled_code():
+    "numba would not see a change in what a function calls."
+    def twice(x):
+        return 2 * x
+
+    assert kernels._compiled(twice).stats.cache_path
+    twice.__module__ = "__main__"
+    assert kernels._compiled(twice).stats.cache_path is None
+
+
 def test_compiled_code_is_kept_on_disk(copied):
     env = {**os.environ, "NUMBA_CACHE_DIR": str(copied / "cache")}
     subprocess.run([sys.executable, "-c", TRY], check=True, capture_output=True, env=env, cwd=copied)
