@@ -279,15 +279,6 @@ def _stop(futures: Iterable[Any]) -> None:
     for child in multiprocessing.active_children():
         child.terminate()
 
-# %% ../nbs/06_ablations.ipynb #pr0cc0nt
-def _process_context() -> Any:
-    """Say how processes begin: on Linux as copies of one that has loaded PyTorch, elsewhere each from nothing."""
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tinylm.train"])
-    return context
-
 # %% ../nbs/06_ablations.ipynb #35b4e8be
 def local_executor(
     jobs: int | None = None,  # worker processes; None means one for each core
@@ -295,8 +286,8 @@ def local_executor(
     """Make worker processes on this machine."""
     cores = os.cpu_count() or 1
     jobs = jobs or cores
-    share = max(1, cores // jobs)
-    return ProcessPoolExecutor(jobs, _process_context(), initializer=_begin_worker, initargs=(share,))
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, spawn, initializer=_begin_worker, initargs=(max(1, cores // jobs),))
 
 # %% ../nbs/06_ablations.ipynb #22959131
 def _begin_worker(threads: int) -> None:

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import linecache
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -38,7 +39,6 @@ from torch import Tensor, nn
 
 import tinylm.model
 import tinylm.train
-from .ablations import _process_context
 from .data import END_OF_TEXT, InputError, fables
 from .layers import Embedding, Linear, RMSNorm, SwiGLU, rms_norm, silu, softmax
 from .model import attention_weights, causal_mask, scaled_dot_product_attention
@@ -1336,7 +1336,7 @@ def _listen(pipe: Any, time_limit: float) -> Any:
 # %% ../nbs/11_check.ipynb #a24dfeaa
 def _in_child(job: Callable, *arguments: Any, time_limit: float) -> Any:
     "Run a job in a process of its own and return its result."
-    context = _process_context()
+    context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, job, arguments), daemon=True)
     process.start()
