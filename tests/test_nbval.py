@@ -47,6 +47,6 @@ def test_every_chapter_runs_in_a_real_kernel_and_planted_faults_are_seen(tmp_pat
     for path in [*CHAPTERS, tmp_path / "planted.ipynb"]:
         runnable_copy(path, tmp_path / "nbs", counted=True)
     said = nbval(tmp_path / "nbs")
-    failed = re.findall(r"^FAILED (.*?)(?: - .*)?$", said, re.MULTILINE)
+    failed = re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", said, re.MULTILINE)
     assert failed == ["planted.ipynb::Cell 0", "planted.ipynb::Cell 1"], said[-4000:]
     assert "ImportError" in said and "mismatch" in said and re.search(r"2 failed, \d{3,} passed", said), said[-4000:]
