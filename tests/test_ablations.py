@@ -23,6 +23,7 @@ from tinylm.ablations import (
     Result,
     compare_run,
     differences,
+    local_executor,
     lr_sensitivity,
     paired_difference,
     plot_forest,
@@ -105,6 +106,17 @@ def test_a_search_stopped_by_ctrl_c_goes_on_exactly_where_it_was(tiny, tmp_path)
     losses = [json.loads(line)["train_loss"] for line in lines]
     name = run_name(replace(tiny, lr=0.01, seed=0))
     assert [row["train_loss"] for row in curves(tmp_path)[name]] == losses
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_workers_are_as_many_as_the_cores_that_we_may_use():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        with local_executor() as pool:
+            assert pool._max_workers == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 @posix

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import tinylm
 from .data import InputError, atomic_write, corpus_name
+from .kernels import _cores
 from .model import TransformerLM
 from tinylm.train import (
     PRESETS,
@@ -281,10 +282,10 @@ def _stop(futures: Iterable[Any]) -> None:
 
 # %% ../nbs/06_ablations.ipynb #35b4e8be
 def local_executor(
-    jobs: int | None = None,  # worker processes; None means one for each core
+    jobs: int | None = None,  # worker processes; None: one for each core we may use
 ) -> ProcessPoolExecutor:  # each worker has an equal share of the cores as its threads
     """Make worker processes on this machine."""
-    cores = os.cpu_count() or 1
+    cores = _cores()
     jobs = jobs or cores
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(jobs, spawn, initializer=_begin_worker, initargs=(max(1, cores // jobs),))
@@ -309,7 +310,7 @@ def _follow_parent() -> None:
 def run_here(
     configs: Iterable[TrainConfig],  # what shall be run
     folder: str | Path,  # gets the records
-    jobs: int | None = None,  # worker processes; None means one for each core
+    jobs: int | None = None,  # worker processes; None: one for each core we may use
 ) -> dict[str, BaseException]:  # what went wrong, by the name of the run
     """Make the missing records in processes of this machine, and survive the death of some."""
     failures: dict[str, BaseException] = {}

@@ -22,7 +22,7 @@ from torch import Tensor
 import tinylm.data
 from .ablations import t_quantile
 from .check import PARTS, Part, _call, _random, _without_gradient
-from .model import ModelConfig, causal_mask, flops_per_token, parameter_table, scaled_dot_product_attention
+from .model import ModelConfig, causal_mask, parameter_table, scaled_dot_product_attention
 from .optim import cross_entropy
 from .rope import apply_rope, rope_angles
 
@@ -56,6 +56,16 @@ def longest_match(text: bytes, vocab: dict[int, bytes]) -> list[int]:
 # %% ../nbs/12_answers.ipynb #ffc44e8b
 _VOCAB = {i: bytes([i]) for i in range(256)} | {256: b"th", 257: b"he", 258: b"hen"}
 
+# %% ../nbs/12_answers.ipynb #8c3015d9
+def _longest_first(text: bytes, vocab: dict[int, bytes]) -> list[int]:
+    "Take the longest token anywhere in the text, then go on with what stands before and behind it."
+    ids = {token: i for i, token in vocab.items()}
+    token = max((token for token in ids if token in text), key=len, default=b"")
+    if not token:
+        return []
+    before, _, behind = text.partition(token)
+    return [*_longest_first(before, vocab), ids[token], *_longest_first(behind, vocab)]
+
 # %% ../nbs/12_answers.ipynb #4f3e3bad
 PARTS["longest_match"] = Part("00_tokenizer", longest_match, {
     "then": _call(text=b"then", vocab=_VOCAB), "when": _call(text=b"when", vocab=_VOCAB),
@@ -63,7 +73,7 @@ PARTS["longest_match"] = Part("00_tokenizer", longest_match, {
 }, {
     "every byte is a token": lambda text, vocab: list(text),
     "all tokens that occur are listed": lambda text, vocab: [i for i, token in vocab.items() if token in text],
-    "the longest token of the whole text comes first": lambda text, vocab: longest_match(text[1:], vocab)[::-1],
+    "the longest token of the whole text comes first": _longest_first,
 })
 
 # %% ../nbs/12_answers.ipynb #74260bfe
@@ -135,7 +145,9 @@ PARTS["long_context"] = Part("03_model", long_context, {
     "the reference model": _call(config=ModelConfig()),
 }, {
     "the feed-forward network is left out": lambda config: 2 * config.d_model + 1,
-    "the head is counted too": lambda config: flops_per_token(config) // (4 * config.num_layers * config.d_model) + 1,
+    "the head is counted too": lambda config: sum(
+        parameter_table(config)[part] for part in ("attention", "feed-forward", "head")
+    ) // (2 * config.num_layers * config.d_model) + 1,
     "at this length the two are equal: one more is wanted": lambda config: long_context(config) - 1,
 })
 
@@ -452,7 +464,7 @@ PARTS["half_split_matrix"] = Part("08_export", half_split_matrix, {
 
 # %% ../nbs/12_answers.ipynb #2ca31cbc
 def number_starts(text: str) -> list[int]:
-    "Find where the pretokens of GPT-4's rule for numbers, ` ?\\p{N}{1,3}`, start in a text of digits and spaces."
+    "Find where the pieces ` ?\\d{1,3}` start (numbers of at most three digits) in a text of digits and spaces."
     starts, run = [], 0  # no look at a few neighbors can do it: what counts is the length of the run so far
     for i, char in enumerate(text):
         if char == " ":
@@ -474,7 +486,7 @@ PARTS["number_starts"] = Part("09_kernels", number_starts, {
 
 # %% ../nbs/12_answers.ipynb #a60ab131
 def edit_distance(a: str, b: str) -> int:
-    "Count the least insertions, deletions, replacements and swaps of neighbors that turn `a` into `b`."
+    "Count the least insertions, deletions, replacements and swaps of neighbors (none changed again) from `a` to `b`."
     rows = [list(range(len(b) + 1))]
     for i in range(1, len(a) + 1):
         row = [i]

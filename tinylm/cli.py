@@ -302,11 +302,14 @@ def _tell(model: Any, tokenizer: Any, prompt: str, options: GenerateOptions, see
     for r in range(options.num):
         ids = stream(model, start_ids(tokenizer, prompt), options.max_new_tokens,
                      stop_id=_end(tokenizer), seed=seed + r, **choice)
-        print(piece := prompt, end="", flush=True)
+        print("\n" * (r > 0) + prompt, end="", flush=True)
+        told = prompt
         for piece in stream_text(tokenizer, ids):
             print(piece, end="", flush=True)
-        print("\n" * (not piece.endswith("\n")), end="\n" if r < options.num - 1 else "", flush=True)
-        if piece == prompt:
+            told += piece
+        if not told.endswith("\n"):
+            print(flush=True)
+        if told == prompt:
             print("tinylm: the model ended the story at once; it may need a longer training", file=sys.stderr)
 
 # %% ../nbs/10_cli.ipynb #c507c2f3
@@ -556,7 +559,7 @@ def _guarded(argv: Sequence[str]) -> int:
 # %% ../nbs/10_cli.ipynb #bace5c25
 def main(
     argv: Sequence[str] | None = None,  # the arguments; None takes those of the process
-) -> int:  # exit code: 0 well, 1 a run that differs, 2 a mistake to mend, 3 diverged, 130 or 143 stopped by a signal
+) -> int:  # exit code: 0 well, 1 a run that differs, 2 a mistake to mend, 3 diverged, 130, 141, 143 a signal
     "Run the `tinylm` command."
     argv = sys.argv[1:] if argv is None else list(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):

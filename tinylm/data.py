@@ -22,7 +22,6 @@ import zlib
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import reduce
 from itertools import accumulate, islice
 from math import log
 from pathlib import Path
@@ -304,7 +303,9 @@ def _parses(grammar: Grammar, story: str) -> Iterator[list[Choice]]:
         (kind, what, entries), rest = todo
         if kind == _TELL:
             for nats, steps in zip(grammar[what].nats, grammar[what].options, strict=True):
-                ahead = reduce(lambda later, step: (step, later), steps, rest)
+                ahead = rest
+                for step in steps:  # the last step comes first
+                    ahead = (step, ahead)
                 agenda.append((at, memory, ahead, (Choice(at, at, what, nats), trail)))
         elif kind == _CHOOSE:
             for nats, (word, notes) in zip(grammar[what].nats, entries, strict=True):

@@ -77,7 +77,7 @@ def to_interleaved(
 _IS_LLAMA = {
     "norm": ("pre", "a Llama normalizes before attention and before the feed-forward network"),
     "use_rope": (True, "a Llama turns its queries and keys by their positions"),
-    "ffn": ("swiglu", "a Llama's feed-forward network has a gate, w3"),
+    "ffn": ("swiglu", "a Llama's feed-forward network has a third matrix, w3"),
 }
 
 

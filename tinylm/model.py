@@ -126,6 +126,11 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(num_queries, num_keys, q.device))
 
+# %% ../nbs/03_model.ipynb #654bbb86
+def _split_heads(x: Tensor, num_heads: int) -> Tensor:
+    "Turn (..., T, D) into (..., H, T, K)."
+    return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
+
 # %% ../nbs/03_model.ipynb #afa5b431
 class LayerCache(Protocol):
     "What attention needs of a cache: it keeps the keys and values of the tokens so far."
@@ -162,10 +167,7 @@ class MultiHeadSelfAttention(nn.Module):
         token_positions: Tensor | None = None,  # (T) or (B, T); None means 0 .. T-1
     ) -> tuple[Tensor, Tensor, Tensor]:  # (B, H, T, K) each: queries and keys, both rotated, and values
         "Make queries, keys and values, split into heads."
-        q, k, v = (
-            proj(x).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (_split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope is not None:
             q, k = self.rope(q, token_positions), self.rope(k, token_positions)
         return q, k, v

@@ -154,7 +154,7 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"AdamW cannot use {lr=}, {betas=}, {eps=}, {weight_decay=}")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
-    # PyTorch decorates these so that they would load its compiler first, for a second, to say that it must keep off
+    # unwrapped: PyTorch's decorator would import its compiler, for a second, only to tell it to stay away
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
     state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)

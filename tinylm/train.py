@@ -1179,7 +1179,7 @@ def plot_watch(
             axis.plot(*zip(*points, strict=True), color=plt.cm.viridis(0.9 * i / len(parts)), label=part, lw=1.1)
         axis.set(xlabel="step", title=kind, ylabel=unit, yscale="log")
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.yaxis.set_minor_formatter(lambda value, _: "")
+        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     figure.suptitle(name)
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=5, loc="outside lower center")
     return figure
