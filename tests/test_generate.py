@@ -210,7 +210,7 @@ def test_compiling_is_announced_once(capsys, monkeypatch):
     monkeypatch.setattr(listener, "said", False)
     for _ in range(2):
         event.broadcast(event.Event("numba:compile", event.EventStatus.START, {"dispatcher": _product}))
-    assert capsys.readouterr().err.count("tinylm: compiling generation, at first use alone") == 1
+    assert capsys.readouterr().err.count("tinylm: compiling generation, only at the first use") == 1
 
 
 def test_inference_mode_does_not_leak_to_the_reader_of_a_stream():

@@ -113,7 +113,7 @@ class _Announcement(event.Listener):
     def on_start(self, event: event.Event) -> None:
         if not self.said and event.data["dispatcher"].py_func.__module__ == self.module:
             self.said = True
-            line = f"tinylm: compiling {self.what}, at first use alone (all of it: {self.seconds} seconds)"
+            line = f"tinylm: compiling {self.what}, only at the first use (all of it: {self.seconds} seconds)"
             tqdm.write(line, file=sys.stderr)
 
     def on_end(self, event: event.Event) -> None:
