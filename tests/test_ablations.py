@@ -19,10 +19,12 @@ import tinylm.optim
 import tinylm.rope
 import tinylm.train
 from tinylm.ablations import (
+    BASE,
     Plan,
     Result,
     compare_run,
     differences,
+    load_plans,
     local_executor,
     lr_sensitivity,
     paired_difference,
@@ -106,6 +108,15 @@ def test_a_search_stopped_by_ctrl_c_goes_on_exactly_where_it_was(tiny, tmp_path)
     losses = [json.loads(line)["train_loss"] for line in lines]
     name = run_name(replace(tiny, lr=0.01, seed=0))
     assert [row["train_loss"] for row in curves(tmp_path)[name]] == losses
+
+
+def test_a_plan_begins_with_the_preset_that_it_names(tmp_path):
+    (tmp_path / "plan.json").write_text('{"a": {"base": {"preset": "debug", "lr": 0.5}}, "b": {}}', encoding="utf-8")
+    plans = load_plans(tmp_path / "plan.json")
+    assert plans["a"].base == replace(PRESETS["debug"], lr=0.5) and plans["b"].base == BASE
+    (tmp_path / "plan.json").write_text('{"a": {"base": {"max_steps": 2.5}}}', encoding="utf-8")
+    with pytest.raises(InputError, match="max_steps is 2.5; expected a whole number"):
+        load_plans(tmp_path / "plan.json")
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")

@@ -75,6 +75,9 @@ FLAGS = [
     (["train", "--lr"], ["--lr", "needs a number"]),
     (["train", "--lr", "--seed", "3"], ["--lr", "needs a number"]),
     (["train", "story.txt"], ["'story.txt'"]),
+    (["train", "--use_rope=false"], ["--use_rope takes no value", "--no_use_rope"]),
+    (["train", "--no-watch=1"], ["--no_watch takes no value", "--watch or --no_watch"]),
+    (["train", "--weight_decay", "-1"], ["weight_decay must not be negative, and is -1"]),
     (["train", "--d_model", "130", "--num_heads", "4"], ["d_model 130", "num_heads 4"]),
     (["train", "--d_model", "12", "--num_heads", "4"], ["head size", "3"]),
     (["train", "--batch_size", "0"], ["batch_size", "0"]),
@@ -104,6 +107,18 @@ def test_a_slip_gets_one_line_and_leaves_nothing(argv, words, tmp_path, monkeypa
     line = complaint(capfd, *argv)
     assert all(word in line for word in words), line
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_too_little_memory_is_told_in_a_line(monkeypatch, capfd):
+    import numpy as np
+    import torch
+
+    for ask in (lambda argv: torch.empty(1 << 50), lambda argv: np.ones(1 << 50)):
+        monkeypatch.setitem(cli._VERBS, "data", ("", ask))
+        assert "out of memory; try a smaller --batch_size" in complaint(capfd, "data")
+    monkeypatch.setitem(cli._VERBS, "data", ("", lambda argv: torch.zeros(2) @ torch.zeros(3)))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):  # a bug keeps its traceback
+        cli.main(["data"])
 
 
 @pytest.mark.parametrize("choice, word", [(["--temperature", "-1"], "temperature"), (["--top_p", "1.5"], "top_p"),

@@ -352,8 +352,9 @@ def test_a_file_of_your_own(tmp_path, capsys):
         ("none.txt", None, "cannot read"),
         ("empty.txt", "", "empty"),
         ("blank.txt", f"\n{END_OF_TEXT}\n \n", "empty"),
-        ("single.txt", "one", "only 1 document"),
-        ("table.csv", "a,b", "no such corpus"),
+        ("line.txt", "one line, which cannot be cut", "only 1 document"),
+        ("table.csv", "a,b", "not the name of a text file"),
+        ("table.csv", None, "no such corpus"),
     ],
 )
 def test_files_that_are_no_corpus_are_refused_and_nothing_is_written(tmp_path, name, text, message):
@@ -362,6 +363,25 @@ def test_files_that_are_no_corpus_are_refused_and_nothing_is_written(tmp_path, n
     with pytest.raises(InputError, match=message) as caught:
         fetch_corpus(str(tmp_path / name), tmp_path / "data")
     assert "\n" not in str(caught.value) and not (tmp_path / "data").exists()
+
+
+def test_a_book_without_separators_is_cut_at_a_line_break(tmp_path, capsys):
+    lines = [f"line {i}" for i in range(1000)]
+    (tmp_path / "book.txt").write_text("\n".join(lines), encoding="utf-8")
+    paths = fetch_corpus(str(tmp_path / "book.txt"), tmp_path / "data")
+    train, valid = (list(read_documents(paths[split])) for split in ("train", "valid"))
+    assert len(train) == len(valid) == 1 and train[0].split("\n") + valid[0].split("\n") == lines
+    assert 45 <= len(valid[0].split("\n")) <= 55
+    assert "one document; the last 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_utf16_is_refused_with_the_way_out(tmp_path, name, encoding):
+    data = ("\ufeff" + "a story\n" * 99).encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with pytest.raises(InputError, match="UTF-16; expected UTF-8"):
+        fetch_corpus(str(tmp_path / name), tmp_path / "data")
 
 
 def test_a_missing_validation_file_is_refused(tmp_path):

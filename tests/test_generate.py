@@ -235,6 +235,8 @@ BAD = [
     (dict(top_p=float("nan")), "top_p"), (dict(top_k=0), "top_k"), (dict(top_k=-3), "top_k"),
     (dict(max_new_tokens=-1), "max_new_tokens"), (dict(prompt_ids=[]), "empty"), (dict(prompt_ids=[[1], []]), "empty"),
     (dict(prompt_ids=[300]), "0 to 299"), (dict(prompt_ids=[[1], [2, -1]]), "token id -1"),
+    (dict(max_new_tokens=2.5), "whole number"), (dict(top_k=1.5), "whole number"), (dict(seed=None), "whole number"),
+    (dict(prompt_ids="Once"), "start_ids(tokenizer, text)"), (dict(prompt_ids=["Once"]), "start_ids(tokenizer, text)"),
 ]
 
 

@@ -2,7 +2,9 @@
 import json
 from dataclasses import fields, replace
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -253,3 +255,28 @@ def test_chapter_shows_the_presets_of_training(name):  # it comes before them, s
     shown = eval(line.partition(" = ")[2], {"ModelConfig": ModelConfig})
     assert shown == ModelConfig(**{field.name: getattr(preset, field.name) for field in fields(ModelConfig)})
     assert f'("{name}", {name}, {preset.batch_size})' in text
+
+
+def test_a_config_holds_plain_values_whatever_it_was_given(tmp_path):
+    config = replace(PRESETS["debug"], max_steps=14.0, seed=np.arange(3)[1], lr=np.float32(0.5), corpus=Path("a.txt"),
+                     val_corpus=Path("b.txt"), compile=np.bool_(True), min_lr=0)
+    plain = replace(PRESETS["debug"], max_steps=14, seed=1, lr=0.5, corpus="a.txt", val_corpus="b.txt", compile=True,
+                    min_lr=0.0)
+    assert config == plain
+    for field in fields(config):
+        assert type(getattr(config, field.name)) is type(getattr(plain, field.name)), field.name
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("max_steps", 14.65, "max_steps is 14.65; expected a whole number"),
+    ("d_model", "64", "d_model is '64'; expected a whole number"),
+    ("vocab_size", float("inf"), "vocab_size is inf; expected a whole number"),
+    ("lr", "0.01", "lr is '0.01'; expected a number"),
+    ("seed", None, "seed is None; expected a whole number"),
+    ("corpus", 3, "corpus is 3; expected text"),
+    ("use_rope", "no", "use_rope is 'no'; expected True or False"),
+])
+def test_a_value_of_another_kind_is_refused(name, value, words):
+    with pytest.raises(InputError) as caught:
+        replace(PRESETS["debug"], **{name: value})
+    assert str(caught.value) == words

@@ -92,6 +92,13 @@ def test_wheel_goes_from_nothing_to_a_story_in_any_folder_with_a_read_only_home(
     assert_equal_in_transformers(folder / words[1], told.stdout)
 
 
+def test_the_readme_tells_how_to_use_it_from_python(python, strange_place):
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    done = run(python, "-c", code, **strange_place, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "Once upon a time" in done.stdout and re.search(r"^tensor\(\d\.\d+, grad_fn", done.stdout, re.M)
+
+
 def assert_equal_in_transformers(run_dir: Path, text: str) -> None:
     "Export a run; transformers must give the same logits for a text. (test_export.py exports to the other formats.)"
     transformers = pytest.importorskip("transformers")

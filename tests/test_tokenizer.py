@@ -426,6 +426,7 @@ def test_save_and_load(tokenizer, tmp_path):
     again = Tokenizer.load(tmp_path / "new" / "folder")
     for name in ("vocab", "merges", "special_tokens", "fingerprint"):
         assert getattr(again, name) == getattr(tokenizer, name)
+    assert Tokenizer.load(tmp_path / "new/folder/tokenizer.json").fingerprint == tokenizer.fingerprint
     assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["tokenizer.json"]
 
 

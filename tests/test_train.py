@@ -412,9 +412,36 @@ def test_a_plan_far_too_large_is_told(base, tmp_path, monkeypatch, capsys):
     assert "GB there are: too much; raise --grad_accum_steps\n" in capsys.readouterr().out
     monkeypatch.setattr(tinylm.train, "_time_steps", lambda *args: pytest.fail("it builds a model"))
     assert cli.main(["train", "--plan", "--device", "cpu", "--d_model", "100000", "--num_heads", "10"]) == 2
-    assert re.fullmatch(r"tinylm: weights, gradients and moments need [\d,.]+ GB, and cpu has [\d,.]+ GB: "
+    assert re.fullmatch(r"tinylm: even a step with one sequence needs [\d,.]+ GB, and cpu has [\d,.]+ GB: "
                         r"choose a smaller model\n", capsys.readouterr().err)
+    size = str(tinylm.train._memory_there("cpu") // 1000)  # the weights alone would fit, the logits do not
+    assert cli.main(["train", "--plan", "--device", "cpu", "--vocab_size", size, "--d_model", "1",
+                     "--num_heads", "1", "--no-use_rope"]) == 2
+    assert "even a step with one sequence" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("steps, words", [
+    (80, "steps 61 to 80 come after the cosine, at learning rate 0.001; --cosine_cycle_iters 80 would stretch it"),
+    (5, "all 5 steps are warm-up, since warmup_iters is 5"), (6, ""), (60, ""),
+])
+def test_steps_that_miss_the_cosine_are_told(base, capsys, steps, words):
+    tinylm.train._note_schedule(replace(base, max_steps=steps))
+    assert capsys.readouterr().err.strip() == words
+
+
+def test_a_moved_run_goes_on(base, tmp_path):
+    run = train(replace(base, max_steps=7, run_dir=str(tmp_path / "here")))
+    moved = run.rename(tmp_path / "there")
+    with pytest.raises(InputError, match="there: the run cannot go on with d_model"):
+        resume(moved, changes={"d_model": 64})
+    assert resume(moved, changes={"run_dir": str(moved), "max_steps": 14}) == moved and not run.exists()
+    assert checkpoints(moved)[-1].name == "step-00000014"
+
+
+def test_too_few_tokens_to_evaluate_are_told(base):
+    with pytest.raises(InputError, match="32 tokens are too few: context_length 32 needs 33"):
+        evaluate(TransformerLM(base), np.arange(32), base)
 
 
 FORESEE = """

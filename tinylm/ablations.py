@@ -118,7 +118,7 @@ class Run(NamedTuple):
 
 # %% ../nbs/06_ablations.ipynb #2d9c9500
 def load_plans(
-    path: str | Path,  # a JSON file: name of a plan -> its fields; "base" holds what differs from BASE
+    path: str | Path,  # a JSON file: name of a plan -> its fields; "base" changes BASE, or the preset that it names
     **changes: Any,  # fields of every base that this machine sets otherwise, such as data_dir
 ) -> dict[str, Plan]:  # the plans by name, in the order of the file
     """Read plans from a file. Raises InputError when it is not such a file."""
@@ -126,7 +126,8 @@ def load_plans(
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         plans = {}
         for name, entry in entries.items():
-            base = replace(BASE, **entry.pop("base", {}) | changes)
+            fields_of_base = entry.pop("base", {}) | changes
+            base = replace(PRESETS.get(fields_of_base.get("preset"), BASE), **fields_of_base)
             plans[name] = Plan(base, **{key: tuple(value) for key, value in entry.items()})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: cannot be read as plans ({error})") from error

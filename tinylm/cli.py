@@ -80,7 +80,9 @@ def _sort(argv: Sequence[str], kinds: dict[str, Any], verb: str) -> tuple[Given,
             loose.append(token)
         elif kinds.get(switch) is bool and "=" not in token:
             given[switch] = [f"--{name}"]
-        elif name not in kinds or kinds[name] is bool:
+        elif kinds.get(switch) is bool:
+            raise InputError(f"--{name} takes no value; it is --{switch} or --no_{switch}; see `tinylm {verb} --help`")
+        elif name not in kinds:
             raise _unknown(token, list(kinds), verb)
         else:
             given[name] = [f"--{name}", _value(token, rest, kinds[name], verb)]
@@ -309,7 +311,7 @@ def _tell(model: Any, tokenizer: Any, prompt: str, options: GenerateOptions, see
             told += piece
         if not told.endswith("\n"):
             print(flush=True)
-        if told == prompt:
+        if told == prompt and options.max_new_tokens > 0:
             print("tinylm: the model ended the story at once; it may need a longer training", file=sys.stderr)
 
 # %% ../nbs/10_cli.ipynb #c507c2f3
@@ -348,11 +350,11 @@ class ExportOptions:
 
 
 _PLACES = {  # format -> (default name, how to read it)
-    "hf": ("hf", 'transformers.AutoModelForCausalLM.from_pretrained("{out}")'),
-    "tiktoken": ("vocabulary.tiktoken", 'tiktoken.load.load_tiktoken_bpe("{out}")'),
+    "hf": ("hf", 'from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained("{out}")'),
+    "tiktoken": ("vocabulary.tiktoken", 'from tiktoken.load import load_tiktoken_bpe; load_tiktoken_bpe("{out}")'),
     "llama2c": ("llama2c/model.bin", "./run {out} -z {out.parent}/tokenizer.bin"),
     "gguf": ("model.gguf", "llama-cli -m {out}"),
-    "onnx": ("model.onnx", 'onnxruntime.InferenceSession("{out}")'),
+    "onnx": ("model.onnx", 'import onnxruntime; onnxruntime.InferenceSession("{out}")'),
 }
 
 # %% ../nbs/10_cli.ipynb #8b3a48ff
@@ -551,6 +553,10 @@ def _guarded(argv: Sequence[str]) -> int:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         message, code = f"{place}{error.strerror or error}", 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        message, code = "out of memory; try a smaller --batch_size, or see what `tinylm train --plan` foresees", 2
     except KeyboardInterrupt as error:
         return _stopped(error)
     print(f"tinylm: {message}", file=sys.stderr)

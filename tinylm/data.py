@@ -7,6 +7,7 @@ __all__ = ['END_OF_TEXT', 'Grammar', 'InputError', 'atomic_write', 'open_text', 
            'fables', 'fable_logprob', 'corpus_name', 'fetch_corpus']
 
 # %% ../nbs/00_data.ipynb #19680c23
+import codecs
 import errno
 import gzip
 import hashlib
@@ -78,8 +79,8 @@ def atomic_write(
 class _Gunzip(io.RawIOBase):
     "The bytes inside a gzip file, unpacked as they are read; damage becomes an `InputError`."
 
-    def __init__(self, path: Path):
-        self.path, self.file = path, gzip.open(path)
+    def __init__(self, path: Path, file: gzip.GzipFile):
+        self.path, self.file = path, file
 
     def readable(self) -> bool:
         return True
@@ -101,14 +102,17 @@ def open_text(
     "Open a corpus for reading, unpacking gzip on the fly; raises `InputError` if it is missing, empty or damaged."
     path = Path(path)
     try:
-        raw = _Gunzip(path) if path.suffix == ".gz" else io.FileIO(path)
+        raw = _Gunzip(path, gzip.GzipFile(path)) if path.suffix == ".gz" else io.FileIO(path)
     except OSError as err:
         raise InputError(f"{path}: cannot read ({err.strerror}); give the path of a .txt or .txt.gz file") from err
     stream = io.BufferedReader(raw, buffer_size=1 << 20)
     try:
-        if stream.peek(1):
-            return stream
-        raise InputError(f"{path}: the file is empty; expected text")
+        begin = stream.peek(2)[:2]
+        if not begin:
+            raise InputError(f"{path}: the file is empty; expected text")
+        if begin in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise InputError(f"{path}: the text is UTF-16; expected UTF-8: `iconv -f UTF-16 -t UTF-8` writes it so")
+        return stream
     except InputError:
         stream.close()
         raise
@@ -1001,14 +1005,26 @@ def _download(repo: str, filename: str, folder: Path) -> Path:
         raise _cannot_download(filename, hub.constants.ENDPOINT, target, err) from err
     return target
 
+# %% ../nbs/00_data.ipynb #6769df8a
+def _cut_in_two(path: Path) -> dict[str, list[str]]:
+    "Cut a corpus of one document: what stands behind a line break at about 95% becomes the validation set."
+    (text,) = read_documents(path)
+    cut = text.rfind("\n", 0, len(text) - len(text) // 20)
+    if cut < 0:
+        raise InputError(f"{path}: only 1 document of a single line; separate documents by {END_OF_TEXT},"
+                         " or give --val_corpus")
+    print(f"{path}: one document; the last {len(text) - cut:,} characters are held out for validation", file=sys.stderr)
+    return {"train": [text[:cut]], "valid": [text[cut + 1 :]]}
+
 # %% ../nbs/00_data.ipynb #74bff05c
 def _hold_out(path: Path, folder: Path) -> dict[str, Path]:
     "Split a corpus: its last 5% of documents (at least one) become the validation set."
     about = path.stat()
     facts = {"source": str(path.resolve()), "source_bytes": about.st_size, "source_mtime_ns": about.st_mtime_ns}
     count = sum(1 for _ in read_documents(path))
-    if count < 2:
-        raise InputError(f"{path}: only {count} document; separate documents by {END_OF_TEXT}, or give val_corpus")
+    if count == 1:
+        parts = _cut_in_two(path)
+        return _made(folder, facts, lambda split: parts[split])
     cut = count - max(count // 20, 1)
     print(f"{path}: the last {count - cut} of {count} documents are held out for validation", file=sys.stderr)
     bounds = {"train": (0, cut), "valid": (cut, count)}
@@ -1049,8 +1065,8 @@ def fetch_corpus(
         repo, files = _HUB[corpus]
         paths = {split: _download(repo, filename, home) for split, filename in files.items()}
     elif not corpus.endswith((".txt", ".txt.gz")):
-        expected = "fables, tinystories, owt or the path of a .txt or .txt.gz file"
-        raise InputError(f"{corpus}: no such corpus; expected {expected}")
+        what = "not the name of a text file" if os.path.exists(corpus) else "no such corpus"
+        raise InputError(f"{corpus}: {what}; expected fables, tinystories, owt or the path of a .txt or .txt.gz file")
     else:
         open_text(corpus).close()
         paths = {"train": Path(corpus), "valid": Path(val_corpus)} if val_corpus else _hold_out(Path(corpus), home)

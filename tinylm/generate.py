@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from numbers import Integral
 from typing import Any, cast
 
 import numpy as np
@@ -329,12 +330,15 @@ class _Reader:
         return logits
 
 # %% ../nbs/07_generate.ipynb #70e61dd0
-def _check_choice(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check_choice(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
     "Raise InputError for a setting that means nothing."
+    for name, value in (("max_new_tokens", max_new_tokens), ("top_k", 1 if top_k is None else top_k), ("seed", seed)):
+        if not isinstance(value, Integral):
+            raise InputError(f"{name} is {value!r}; expected a whole number")
     if not 0 <= temperature < math.inf:
         raise InputError(f"temperature is {temperature}; expected 0 (greedy) or a positive number")
     if top_k is not None and top_k < 1:
-        raise InputError(f"top_k is {top_k}; expected at least 1, or none for no limit")
+        raise InputError(f"top_k is {top_k}; expected at least 1, or None for no limit")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}; expected more than 0 and at most 1")
     if max_new_tokens < 0:
@@ -347,6 +351,8 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
         raise InputError("the prompt is empty; give at least one token, for example the id of <|endoftext|>")
     for prompt in prompts:
         for i in prompt:
+            if isinstance(i, str):
+                raise InputError("the prompt is text; expected token ids, as start_ids(tokenizer, text) gives")
             if not 0 <= i < vocab_size:
                 raise InputError(f"the prompt holds token id {i}; this model knows ids 0 to {vocab_size - 1}")
 
@@ -401,7 +407,7 @@ def generate(
     Raises `InputError` for an empty prompt, an id outside the vocabulary, or a setting out of range."""
     single = len(prompt_ids) > 0 and not isinstance(prompt_ids[0], Sequence)
     prompts = cast("Sequence[Sequence[int]]", [prompt_ids] if single else prompt_ids)
-    _check_choice(max_new_tokens, temperature, top_k, top_p)
+    _check_choice(max_new_tokens, temperature, top_k, top_p, seed)
     _check_prompts(prompts, model.config.vocab_size)
     new: list[list[int]] = [[] for _ in prompts]
     for row, i in _decode(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_id, seed):
@@ -423,7 +429,7 @@ def stream(
     """Continue one prompt, token by token.
 
     Raises `InputError` as `generate` does, before the first token."""
-    _check_choice(max_new_tokens, temperature, top_k, top_p)
+    _check_choice(max_new_tokens, temperature, top_k, top_p, seed)
     _check_prompts([prompt_ids], model.config.vocab_size)
     return (i for _, i in _decode(model, [prompt_ids], max_new_tokens, temperature, top_k, top_p, stop_id, seed))
 

@@ -1051,7 +1051,7 @@ class _Merger:
         volume = np.bincount(np.frexp(times)[1], places)  # how many places pairs of 2**(k-1) to 2**k - 1 times have
         highest = len(volume) - 1
         fitting = int((np.cumsum(volume[:0:-1]) <= len(self.places.symbol) // 4).sum())  # so many classes, from the top
-        return 1 << highest - max(1, fitting) if highest else 0
+        return 1 << highest - max(1, fitting) if highest > 0 else 0
 
     def list_frequent(self, floor: int) -> np.ndarray:
         "List the places of the pairs that occur so often, with room for those that will be born."

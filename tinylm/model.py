@@ -10,9 +10,11 @@ __all__ = ['ModelConfig', 'parameter_table', 'num_parameters', 'causal_mask', 'a
 # %% ../nbs/03_model.ipynb #c84fd1fc
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from types import UnionType
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +42,28 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         "Refuse shapes that cannot be built, with an InputError."
+        _convert_fields(self)
         _check_config(self)
+
+# %% ../nbs/03_model.ipynb #a52c6641
+_TAKES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+
+def _convert(name: str, value: Any, kind: type) -> Any:
+    "Turn a value into the type of a field where nothing is lost by that: 8.0 into 8, a Path into text."
+    try:
+        new = os.fspath(value) if kind is str else kind(value)
+        if isinstance(value, os.PathLike) or new == value:
+            return new
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise InputError(f"{name} is {value!r}; expected {_TAKES[kind]}")
+
+def _convert_fields(config: ModelConfig) -> None:
+    "Give each field that is a number, a text or a truth value the type that it is declared with."
+    for name, hint in get_type_hints(type(config)).items():
+        value, kinds = getattr(config, name), get_args(hint) if get_origin(hint) is UnionType else (hint,)
+        if kinds[0] in _TAKES and type(value) is not kinds[0] and not (value is None and len(kinds) > 1):
+            object.__setattr__(config, name, _convert(name, value, kinds[0]))
 
 # %% ../nbs/03_model.ipynb #b68fecfe
 def _check_config(config: ModelConfig) -> None:

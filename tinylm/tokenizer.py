@@ -267,9 +267,9 @@ class Tokenizer:
         return _save(self, Path(folder) / "tokenizer.json")
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:
-        "Read the `tokenizer.json` of a folder; raises `InputError` if it is no byte-level BPE tokenizer."
-        return cls(*_load(Path(folder) / "tokenizer.json"))
+    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        "Read a `tokenizer.json` or the one in a folder; raises `InputError` if it is no byte-level BPE tokenizer."
+        return cls(*_load(Path(path) if Path(path).suffix == ".json" else Path(path) / "tokenizer.json"))
 
     @classmethod
     def from_files(

@@ -107,6 +107,8 @@ def _batch_of_step(tokens: np.ndarray, config: "TrainConfig", step: int, device:
 def _validation_starts(num_tokens: int, context_length: int, num_windows: int) -> np.ndarray:
     """Spread windows evenly over a token file, without overlap; fewer of them if the file is short."""
     num_windows = min(num_windows, (num_tokens - 1) // context_length)
+    if num_windows < 1:
+        raise InputError(f"{num_tokens} tokens are too few: context_length {context_length} needs {context_length + 1}")
     return np.linspace(0, num_tokens - 1 - context_length, num_windows).astype(np.int64)
 
 # %% ../nbs/05_train.ipynb #e1b7639c
@@ -186,7 +188,7 @@ def _end_id(tokenizer: Tokenizer) -> int:
 class TrainConfig(ModelConfig):
     """Describe a training run completely; the defaults are the reference preset."""
 
-    preset: Literal["debug", "laptop", "reference"] = "reference"  # named set of defaults to begin with
+    preset: Literal["debug", "laptop", "reference"] = "reference"  # named set of defaults; in Python, PRESETS[name]
     corpus: str = "fables"  # fables, tinystories, owt, or the path of a .txt or .txt.gz file
     val_corpus: str | None = None  # validation text for a corpus given by path; None holds out its last documents
     data_dir: str = "data"  # folder for corpora, tokenizers and token files
@@ -207,7 +209,7 @@ class TrainConfig(ModelConfig):
     dtype: Literal["float32", "bfloat16"] = "float32"  # numbers in the matrix products; weights stay float32
     compile: bool = False  # let torch.compile write faster code for the model first
     fsdp: bool = False  # under torchrun, let each process keep a part of the model instead of all of it
-    max_steps: int | None = None  # steps to take; None means cosine_cycle_iters
+    max_steps: int | None = None  # steps to take, whatever the cosine's length; None means cosine_cycle_iters
     max_minutes: float | None = None  # stop after so many minutes with a checkpoint; --resume goes on
     allow_changes: bool = False  # with --resume: let other flags change the training from here on, and record it
     log_every: int = 50  # steps between lines of the log
@@ -251,8 +253,9 @@ def _check_training(config: TrainConfig) -> None:
     for name in ["beta1", "beta2"]:
         if not 0 <= getattr(config, name) < 1:
             raise InputError(f"{name} must be at least 0 and less than 1, not {getattr(config, name)}")
-    if config.weight_decay < 0 or config.seed < 0:
-        raise InputError(f"weight_decay {config.weight_decay} and seed {config.seed} must not be negative")
+    for name in ["weight_decay", "seed"]:
+        if getattr(config, name) < 0:
+            raise InputError(f"{name} must not be negative, and is {getattr(config, name)}")
     if config.min_lr is not None and not 0 <= config.min_lr <= config.lr:
         raise InputError(f"min_lr must lie between 0 and lr {config.lr}, not {config.min_lr}")
     if not 0 <= config.warmup_iters < config.cosine_cycle_iters:
@@ -803,6 +806,7 @@ def train(
     """
     with joined():
         device = _check_machine(config)
+        _note_schedule(config)
         if can_restart() and on_rank0(Path.exists)(Path(str(config.run_dir), "config.json")):
             run_dir = Path(str(config.run_dir))
             return resume(run_dir, on_eval, changes=asdict(replace(config, run_dir=str(run_dir))))
@@ -845,7 +849,7 @@ def resume(
     _read_config(run_dir)
     with joined(), _locked(run_dir):
         config, saved = _read_config(run_dir)
-        config = replace(config, fsdp=False)  # each command says it anew
+        config = replace(config, run_dir=str(run_dir), fsdp=False)  # it may have moved; fsdp is said anew each time
         changes = {**(changes or {}), **({} if max_steps is None else {"max_steps": max_steps})}
         changes = _difference(config, changes, allow_changes)
         changed = replace(config, **changes, allow_changes=allow_changes)
@@ -996,6 +1000,16 @@ def _read_config(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
         raise InputError(f"{run_dir}: not a run folder, it has no readable config.json") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{run_dir / 'config.json'}: not the config of a run ({error})") from error
+
+# %% ../nbs/05_train.ipynb #8858f5a2
+def _note_schedule(config: TrainConfig) -> None:
+    """Tell of steps that come after the cosine, or that all belong to the warm-up."""
+    last, cycle = config.last_step, config.cosine_cycle_iters
+    if last > cycle:
+        _say(f"steps {cycle + 1:,} to {last:,} come after the cosine, at learning rate {config.lr_at(last):.2g};"
+             f" --cosine_cycle_iters {last} would stretch it")
+    elif last <= config.warmup_iters:
+        _say(f"all {last:,} steps are warm-up, since warmup_iters is {config.warmup_iters:,}")
 
 # %% ../nbs/05_train.ipynb #d7f38e35
 def _pick_device(name: str) -> str:
@@ -1330,9 +1344,12 @@ def forecast(
     """
     with joined():
         device, memory = _check_machine(config), _memory(config)
+        _note_schedule(config)
         capacity, model = _memory_there(device), sum(memory[name] for name in _OF_THE_MODEL)
-        if capacity is not None and model > capacity:
-            needs = f"weights, gradients and moments need {model / 1e9:,.1f} GB"
+        one = memory_table(config, 1, config.dtype)
+        smallest = model + sum(size for name, size in one.items() if name not in _OF_THE_MODEL)
+        if capacity is not None and smallest > capacity:
+            needs = f"even a step with one sequence needs {smallest / 1e9:,.1f} GB"
             raise InputError(f"{needs}, and {device} has {capacity / 1e9:,.1f} GB: choose a smaller model")
         _time_steps(replace(PRESETS["debug"], batch_size=1), device, 0)  # loads all code that a step needs
         peak = _memory_held(device) + model + round(_slack(config, device) * (sum(memory.values()) - model))
