@@ -110,6 +110,10 @@ def test_a_search_stopped_by_ctrl_c_goes_on_exactly_where_it_was(tiny, tmp_path)
     assert [row["train_loss"] for row in curves(tmp_path)[name]] == losses
 
 
+def test_one_and_one_point_nought_are_one_run():
+    assert run_name(replace(BASE, lr=1)) == run_name(replace(BASE, lr=1.0)) == run_name(replace(BASE, lr=np.float32(1)))
+
+
 def test_a_plan_begins_with_the_preset_that_it_names(tmp_path):
     (tmp_path / "plan.json").write_text('{"a": {"base": {"preset": "debug", "lr": 0.5}}, "b": {}}', encoding="utf-8")
     plans = load_plans(tmp_path / "plan.json")

@@ -632,6 +632,8 @@ def test_a_detour_through_less_precision_is_told():
          "    kind = v.dtype\n    q, k, v = q.float(), k.float(), v.float()\n    scores = torch.ein"),
         ('weights, v)', 'weights, v).to(kind)')]))
     assert "float64 stays float64" in said and "output" in said
+    got, expected = re.search(r"is (\S+), expected (\S+) ", said).groups()
+    assert got != expected  # there are digits enough to see it
 
 
 # Whatever it is called and however it is wrapped, the book's own part is no answer.
@@ -735,6 +737,7 @@ def test_a_wrong_call_is_told():
     said = complaint("softmax", lambda x: x)
     assert "softmax(x, dim)" in said and "raises TypeError" in said
     assert "expected a function or class" in complaint("softmax", 3)
+    assert "called with 8, it should make a module, and gives 16" in complaint("RMSNorm", lambda x: 2 * x)
 
 
 def test_the_line_of_the_answer_is_told():

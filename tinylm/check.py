@@ -73,9 +73,10 @@ def _tensor_difference(expected: Tensor, got: Any) -> str | None:
         return None
     where = tuple(far.nonzero()[0].tolist())
     a, b = (x[where].item() for x in (expected, got))
+    digits = next((n for n in range(6, 18) if f"{a:.{n}g}" != f"{b:.{n}g}"), 6)  # enough to see the difference
     most = (expected.double() - got.double()).abs()[far].max().item()
     more = f" ({int(far.sum())} of its {far.numel()} numbers are off, by up to {most:.3g})" if far.numel() > 1 else ""
-    return f"{'at ' + str(list(where)) if where else ''} is {b:.6g}, expected {a:.6g}{more}".strip()
+    return f"{'at ' + str(list(where)) if where else ''} is {b:.{digits}g}, expected {a:.{digits}g}{more}".strip()
 
 # %% ../nbs/11_check.ipynb #42b4f899
 def _is_pairs(value: Any) -> bool:
@@ -161,6 +162,8 @@ def _layer(reference: type[nn.Module], sizes: tuple, **inputs: Any) -> Case:
 
     def case(make: Callable) -> dict[str, Any]:
         module = make(*sizes)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"called with {', '.join(map(str, sizes))}, it should make a module, and gives {module!r}")
         shapes = _fill(module, weights)
         fits = shapes == {name: tuple(w.shape) for name, w in weights.items()}
         return {"the list of parameters": shapes} | (
