@@ -439,6 +439,16 @@ def test_a_moved_run_goes_on(base, tmp_path):
     assert checkpoints(moved)[-1].name == "step-00000014"
 
 
+def test_a_run_tells_which_of_its_texts_is_not_to_be_found(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(base.corpus).parent)
+    run = train(replace(base, corpus="train.txt", max_steps=7, run_dir=str(tmp_path / "run")))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="run: its corpus train.txt is not to be found from here.*--corpus"):
+        resume(run, max_steps=14)
+    resume(run, changes={"corpus": base.corpus, "max_steps": 14})
+    assert checkpoints(run)[-1].name == "step-00000014"
+
+
 def test_too_few_tokens_to_evaluate_are_told(base):
     with pytest.raises(InputError, match="32 tokens are too few: context_length 32 needs 33"):
         evaluate(TransformerLM(base), np.arange(32), base)

@@ -854,6 +854,7 @@ def resume(
         changes = _difference(config, changes, allow_changes)
         changed = replace(config, **changes, allow_changes=allow_changes)
         _check_machine(changed)
+        _find_texts(changed)
         tokenizer, files, _ = on_rank0(_prepare)(changed)
         _check_data(changed, tokenizer, *files)
         _check_same_data(run_dir, saved, tokenizer, files)
@@ -910,6 +911,15 @@ def _refuse_existing(run_dir: Path) -> None:
             pass
     if run_dir.exists():
         raise InputError(f"{run_dir}: exists already; choose another --run_dir, or go on with --resume {run_dir}")
+
+# %% ../nbs/05_train.ipynb #8d66cd7e
+def _find_texts(config: TrainConfig) -> None:
+    """Raise InputError if a text of the run is not to be found, as from another folder than that where it began."""
+    for name in ("corpus", "val_corpus"):
+        path = getattr(config, name) or ""
+        if path.endswith((".txt", ".txt.gz")) and not Path(path).exists():
+            raise InputError(f"{config.run_dir}: its {name} {path} is not to be found from here; go on in the folder"
+                             f" where the run began, or say --{name} where it is now")
 
 # %% ../nbs/05_train.ipynb #3dfd7b81
 def _check_same_data(run_dir: Path, saved: dict[str, Any], tokenizer: Tokenizer, files: _Files) -> None:
