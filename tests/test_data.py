@@ -375,6 +375,12 @@ def test_a_book_without_separators_is_cut_at_a_line_break(tmp_path, capsys):
     assert "one document; the last 4" in capsys.readouterr().err
 
 
+def test_bytes_that_are_not_utf8_are_told(tmp_path, capsys):
+    (tmp_path / "old.txt").write_bytes(f"a cafe{END_OF_TEXT}un café{END_OF_TEXT}thé{END_OF_TEXT}".encode("latin-1"))
+    fetch_corpus(str(tmp_path / "old.txt"), tmp_path / "data")
+    assert "old.txt: 2 of 3 documents hold bytes that are not UTF-8, now U+FFFD\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 def test_utf16_is_refused_with_the_way_out(tmp_path, name, encoding):

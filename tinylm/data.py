@@ -1021,7 +1021,11 @@ def _hold_out(path: Path, folder: Path) -> dict[str, Path]:
     "Split a corpus: its last 5% of documents (at least one) become the validation set."
     about = path.stat()
     facts = {"source": str(path.resolve()), "source_bytes": about.st_size, "source_mtime_ns": about.st_mtime_ns}
-    count = sum(1 for _ in read_documents(path))
+    count = broken = 0
+    for text in read_documents(path):
+        count, broken = count + 1, broken + ("\ufffd" in text)
+    if broken:
+        print(f"{path}: {broken} of {count} documents hold bytes that are not UTF-8, now U+FFFD", file=sys.stderr)
     if count == 1:
         parts = _cut_in_two(path)
         return _made(folder, facts, lambda split: parts[split])
