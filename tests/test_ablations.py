@@ -123,6 +123,16 @@ def test_a_plan_begins_with_the_preset_that_it_names(tmp_path):
         load_plans(tmp_path / "plan.json")
 
 
+def test_nothing_to_run_is_a_plain_mistake(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.json").write_text("{}", encoding="utf-8")
+    for argv, words in ((["ablate", "--plan", "plan.json"], "plan.json: holds no plan"),
+                        (["ablate", "--seeds", ""], "--seeds is empty"),
+                        (["search", "--lrs", "0.1", "--seeds", ""], "--seeds is empty")):
+        assert main(argv) == 2
+        assert words in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
 def test_workers_are_as_many_as_the_cores_that_we_may_use():
     allowed = os.sched_getaffinity(0)

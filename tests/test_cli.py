@@ -128,6 +128,16 @@ def test_a_choice_out_of_range(choice, word, own, capfd):
     assert word in complaint(capfd, "generate", "run", *choice)
 
 
+def test_a_prompt_beyond_the_context_is_told(own, capfd):
+    assert cli.main(["generate", "run", "a red ball " * 50, "--max_new_tokens", "2", "--seed", "0"]) == 0
+    said = capfd.readouterr()
+    assert re.search(r"tinylm: the prompt has \d+ tokens; the model reads the last 16 of them\n", said.err)
+    assert said.out.startswith("a red ball a red")
+    assert cli.main(["generate", "run", "a", "--max_new_tokens", "0", "--seed", "0"]) == 0
+    said = capfd.readouterr()
+    assert said.out == "a\n" and "tinylm:" not in said.err
+
+
 def test_empty_corpus(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("", encoding="utf-8")

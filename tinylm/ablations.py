@@ -131,6 +131,8 @@ def load_plans(
             plans[name] = Plan(base, **{key: tuple(value) for key, value in entry.items()})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: cannot be read as plans ({error})") from error
+    if not plans:
+        raise InputError(f"{path}: holds no plan; expected an object with a plan for each name")
     return plans
 
 # %% ../nbs/06_ablations.ipynb #94df1ffb
@@ -738,7 +740,7 @@ def sweep_plans(
     verb: str,  # search or ablate
     options: SweepConfig,  # with the flags that were given
 ) -> dict[str, Plan]:  # what shall be run
-    """Turn options into plans. Raises InputError for a search without rates, or a plan that cannot be read."""
+    """Turn options into plans. Raises InputError without rates or seeds where they are needed, or a readable plan."""
     if options.plan is not None:
         own = {name: getattr(options, name) for name in ("corpus", "val_corpus", "data_dir", "device")}
         return load_plans(options.plan, **{name: value for name, value in own.items() if value != getattr(BASE, name)})
@@ -746,6 +748,8 @@ def sweep_plans(
     names = tuple(name.strip() for name in options.variants.split(","))
     if verb == "search" and not lrs:
         raise InputError("--lrs is empty; expected learning rates separated by commas, such as 1e-3,1e-2")
+    if not seeds and (verb == "search" or not lrs):
+        raise InputError("--seeds is empty; expected whole numbers separated by commas, such as 0,1,2")
     if verb == "search":
         return {verb: Plan(options.base(), names, lrs, search_seeds=seeds)}
     return {verb: Plan(options.base(), names, lrs, seeds=seeds)}

@@ -301,9 +301,11 @@ def _tell(model: Any, tokenizer: Any, prompt: str, options: GenerateOptions, see
     from tinylm.generate import start_ids, stream, stream_text
 
     choice: dict[str, Any] = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+    begin, most = start_ids(tokenizer, prompt), model.config.context_length
+    if len(begin) > most:
+        print(f"tinylm: the prompt has {len(begin)} tokens; the model reads the last {most} of them", file=sys.stderr)
     for r in range(options.num):
-        ids = stream(model, start_ids(tokenizer, prompt), options.max_new_tokens,
-                     stop_id=_end(tokenizer), seed=seed + r, **choice)
+        ids = stream(model, begin, options.max_new_tokens, stop_id=_end(tokenizer), seed=seed + r, **choice)
         print("\n" * (r > 0) + prompt, end="", flush=True)
         told = prompt
         for piece in stream_text(tokenizer, ids):
