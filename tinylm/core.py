@@ -1,0 +1,203 @@
+"""What every module stands on: errors, files, signals, one switch for fast code. A plain module, not from a chapter."""
+import codecs
+import errno
+import gzip
+import hashlib
+import io
+import json
+import os
+import secrets
+import shutil
+import signal
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
+
+END_OF_TEXT = "<|endoftext|>"  # stands on a line of its own after every document
+
+
+class InputError(ValueError):
+    """A mistake that the user can mend; its one line says what was found, what was expected and what to do."""
+
+
+def say(message: str) -> None:
+    """Write a line to standard error, past a progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+FAST = True  # False: every part runs as its chapter teaches it, without the twin that is only faster
+
+
+def fast(*tensors: Any, numpy: bool = False) -> bool:
+    """Say whether a faster twin may work on these tensors: each an ordinary one, and no compiler is looking.
+
+    With `numpy`, also whole, in main memory, and all of one type, 32 or 64 bits: what compiled loops can take."""
+    import torch
+
+    if not FAST or torch.compiler.is_compiling():
+        return False
+    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+    if not plain or not numpy:
+        return plain
+    kinds = {(t.device.type, t.dtype, t.is_contiguous()) for t in tensors}
+    return len(kinds) == 1 and kinds <= {("cpu", torch.float32, True), ("cpu", torch.float64, True)}
+
+
+def cannot_write(path: str | os.PathLike[str], err: Exception) -> InputError:
+    """Make the error for a place that cannot be written."""
+    why = getattr(err, "strerror", None) or err
+    return InputError(f"{path}: cannot write ({why}); free some space or choose another folder")
+
+
+def aside(path: Path) -> Path:
+    """Name the place where an older folder waits until the one that replaces it is there."""
+    return path.with_name(f".{path.name}.old.tmp")
+
+
+@contextmanager
+def atomic_write(
+    path: str | os.PathLike[str],  # the file or folder to write; missing folders above it are made
+    mode: str = "wb",  # "wb": a file of bytes, "w": one of UTF-8 text, "dir": a folder
+) -> Iterator[Any]:  # the open file, or the path of the folder, under a temporary name in the same place
+    """Write a file or a folder all at once: after any failure the old one is untouched and nothing else is left.
+
+    Raises `InputError` when the place cannot be written or is full."""
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    begun = False
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if mode == "dir":
+            temporary.mkdir()
+            begun = True
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _store(file)
+            if target.exists():
+                shutil.rmtree(aside(target), ignore_errors=True)
+                os.replace(target, aside(target))
+        else:
+            text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+            with open(temporary, mode, **text) as file:  # type: ignore[call-overload]
+                begun = True
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, target)
+        if mode == "dir":
+            _store(target.parent)
+            shutil.rmtree(aside(target), ignore_errors=True)
+    except BaseException as err:
+        shutil.rmtree(temporary, ignore_errors=True) if mode == "dir" else temporary.unlink(missing_ok=True)
+        full = getattr(err, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "(os error 28)" in str(err)
+        if full or (isinstance(err, OSError) and not begun):
+            raise cannot_write(target, err) from err  # type: ignore[arg-type]
+        raise
+
+
+def _store(path: Path) -> None:
+    """Make the disk store what was written to a file, or a folder's list of names (a no-op on Windows)."""
+    if os.name != "nt":
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+class _Gunzip(io.RawIOBase):
+    """The bytes inside a gzip file, unpacked as they are read; damage becomes an `InputError`."""
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, gzip.GzipFile(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return self.file.readinto(buffer)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as err:
+            raise InputError(f"{self.path}: not a whole gzip file ({err}); copy or download it again") from err
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def open_text(
+    path: str | os.PathLike[str],  # a text file, or a gzip file of one (its name ends in .gz)
+) -> BinaryIO:  # the text's bytes as a buffered stream
+    """Open a text for reading, unpacking gzip on the fly.
+
+    Raises `InputError` if it is missing, empty, damaged, or by its first bytes no UTF-8 text."""
+    path = Path(path)
+    try:
+        stream = io.BufferedReader(_Gunzip(path) if path.suffix == ".gz" else io.FileIO(path), buffer_size=1 << 20)
+    except OSError as err:
+        raise InputError(f"{path}: cannot read ({err.strerror}); give the path of a .txt or .txt.gz file") from err
+    try:
+        begin = stream.peek(1 << 12)[: 1 << 12]
+        if not begin:
+            raise InputError(f"{path}: the file is empty; expected text")
+        if begin[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise InputError(f"{path}: the text is UTF-16; expected UTF-8: `iconv -f UTF-16 -t UTF-8` writes it so")
+        if begin[:2] == b"\x1f\x8b":
+            raise InputError(f"{path}: a gzip file; give it a name that ends in .gz")
+        if b"\0" in begin:
+            raise InputError(f"{path}: no text, there are zero bytes in it; expected UTF-8")
+        return stream
+    except InputError:
+        stream.close()
+        raise
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file; whatever is wrong with it becomes an `InputError`."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as err:
+        raise InputError(f"{path}: cannot read ({err.strerror}); expected a JSON file") from err
+    except ValueError as err:
+        raise InputError(f"{path}: not a whole JSON file ({err}); make or copy it again") from err
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Compute the SHA-256 of a file's bytes as they lie on the disk, in 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:  # fills when a signal comes
+    """Note the first SIGINT or SIGTERM, so that work can end in order; a second one quits at once.
+
+    Only the main thread hears signals; elsewhere nothing is noted."""
+    noted: list[int] = []
+    old: dict[int, Any] = {}
+
+    def give_back() -> None:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
+
+    def note(signum: int, frame: Any) -> None:
+        noted.append(signum)
+        give_back()
+        say("finishing this step and saving; once more to quit at once")
+
+    if threading.current_thread() is threading.main_thread():
+        old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        give_back()
