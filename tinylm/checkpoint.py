@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_checkpoint', 'read_state', 'load_checkpoint']
 
-# %% ../nbs/05_train.ipynb #18cd80b6
+# %% ../nbs/05_train.ipynb #c7986e68
 import hashlib
 import json
 from pathlib import Path
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from .core import InputError, aside, atomic_write, file_sha256, read_json
 from .distributed import full_tensor, on_rank0, rank, shard_like
 
-# %% ../nbs/05_train.ipynb #58a503c4
+# %% ../nbs/05_train.ipynb #1872bcb0
 def _sha256(state: dict[str, Any]) -> str:
     """Compute the SHA-256 of the content of state.json."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/05_train.ipynb #c14572a1
+# %% ../nbs/05_train.ipynb #42faccf3
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """List the names of the parameters in the order in which the optimizer counts them."""
     names = {id(p): name for name, p in model.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
-# %% ../nbs/05_train.ipynb #734b2ca2
+# %% ../nbs/05_train.ipynb #280ee776
 def save_checkpoint(
     model: nn.Module,  # its parameters are saved
     optimizer: torch.optim.Optimizer,  # its state is saved
@@ -67,7 +67,7 @@ def save_checkpoint(
 
     write()
 
-# %% ../nbs/05_train.ipynb #791b7de0
+# %% ../nbs/05_train.ipynb #ce264828
 def read_state(
     src: str | Path,  # a checkpoint folder
 ) -> tuple[Path, dict[str, Any]]:  # where its files lie, and what state.json says
@@ -92,7 +92,7 @@ def read_state(
         raise InputError(f"{folder / damaged[0]}: damaged, its SHA-256 is not the one in state.json")
     return folder, state
 
-# %% ../nbs/05_train.ipynb #0f94acf0
+# %% ../nbs/05_train.ipynb #35e001d0
 def load_checkpoint(
     src: str | Path,  # a checkpoint folder
     model: nn.Module,  # gets the saved parameters
