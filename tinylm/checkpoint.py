@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_checkpoint', 'read_state', 'load_checkpoint']
 
-# %% ../nbs/05_train.ipynb #c7986e68
+# %% ../nbs/05_train.ipynb #e1c75a4a
 import hashlib
 import json
 from pathlib import Path
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from .core import InputError, aside, atomic_write, file_sha256, read_json
 from .distributed import full_tensor, on_rank0, rank, shard_like
 
-# %% ../nbs/05_train.ipynb #1872bcb0
+# %% ../nbs/05_train.ipynb #f651e275
 def _sha256(state: dict[str, Any]) -> str:
     """Compute the SHA-256 of the content of state.json."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/05_train.ipynb #42faccf3
+# %% ../nbs/05_train.ipynb #f5770164
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """List the names of the parameters in the order in which the optimizer counts them."""
     names = {id(p): name for name, p in model.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
-# %% ../nbs/05_train.ipynb #280ee776
+# %% ../nbs/05_train.ipynb #08a4cccb
 def save_checkpoint(
     model: nn.Module,  # its parameters are saved
     optimizer: torch.optim.Optimizer,  # its state is saved
@@ -41,7 +41,8 @@ def save_checkpoint(
     Raises InputError when the place cannot be written or is full; nothing half-written stays.
     """
     names, packed = _names(model, optimizer), optimizer.state_dict()
-    tensors, numbers = {}, {}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
     for i, entry in packed["state"].items():
         for key, value in entry.items():
             (tensors if isinstance(value, Tensor) else numbers)[f"{names[i]}.{key}"] = value
@@ -67,7 +68,7 @@ def save_checkpoint(
 
     write()
 
-# %% ../nbs/05_train.ipynb #ce264828
+# %% ../nbs/05_train.ipynb #47178a3b
 def read_state(
     src: str | Path,  # a checkpoint folder
 ) -> tuple[Path, dict[str, Any]]:  # where its files lie, and what state.json says
@@ -92,7 +93,7 @@ def read_state(
         raise InputError(f"{folder / damaged[0]}: damaged, its SHA-256 is not the one in state.json")
     return folder, state
 
-# %% ../nbs/05_train.ipynb #35e001d0
+# %% ../nbs/05_train.ipynb #698e162a
 def load_checkpoint(
     src: str | Path,  # a checkpoint folder
     model: nn.Module,  # gets the saved parameters

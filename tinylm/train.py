@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'FREE', 'COMPILERS', 'OnEval', 'OnLog', 'evaluate', 'evalu
            'memory_there', 'Stopped', 'Log', 'train', 'tracker', 'environment', 'commit', 'plot_run', 'forecast',
            'record_run']
 
-# %% ../nbs/05_train.ipynb #cd23bd82
+# %% ../nbs/05_train.ipynb #bbb734ed
 import importlib.util
 import json
 import math
@@ -39,7 +39,7 @@ from .model import ModelConfig, TransformerLM, flops_per_token, memory_table, nu
 from .optim import AdamW, clip_grad_norm, cosine_lr, cross_entropy
 from .tokenizer import TokenFile, Tokenizer
 
-# %% ../nbs/05_train.ipynb #97be09e8
+# %% ../nbs/05_train.ipynb #27a1e984
 @torch.no_grad()
 def evaluate(
     model: nn.Module,  # maps ids (B, T) to logits (B, T, V)
@@ -58,7 +58,7 @@ def evaluate(
         total += cross_entropy(model(x), y).item() * len(x)
     return total / num_windows
 
-# %% ../nbs/05_train.ipynb #2b90607f
+# %% ../nbs/05_train.ipynb #4924a1c7
 @torch.no_grad()
 def evaluate_stories(
     model: TransformerLM,  # the model to measure; its context_length says which stories fit
@@ -82,7 +82,7 @@ def evaluate_stories(
         count += int(real.sum())
     return total / count, count, len(rows)
 
-# %% ../nbs/05_train.ipynb #bed70f23
+# %% ../nbs/05_train.ipynb #23876a92
 @dataclass(frozen=True)
 class TrainConfig(ModelConfig):
     """Describe a training run completely; the defaults are the reference preset."""
@@ -147,7 +147,7 @@ class TrainConfig(ModelConfig):
         min_lr = self.lr / 10 if self.min_lr is None else self.min_lr
         return cosine_lr(step, self.lr, min_lr, self.warmup_iters, self.cosine_cycle_iters)
 
-# %% ../nbs/05_train.ipynb #f81de8c0
+# %% ../nbs/05_train.ipynb #b034cb68
 PRESETS = {  # what `--preset` begins with
     "debug": TrainConfig(
         preset="debug", vocab_size=1792, context_length=256, d_model=32, num_layers=2, num_heads=2, d_ff=96,
@@ -180,7 +180,7 @@ class Diverged(RuntimeError):
         super().__init__(f"training diverged at step {step}: {found}; lower the learning rate")
         self.step, self.loss, self.grad_norm = step, loss, grad_norm
 
-# %% ../nbs/05_train.ipynb #8a5cb39e
+# %% ../nbs/05_train.ipynb #3894fd76
 class Watch:
     """Measure, in each step, the activations, the gradient and the update of each part of a model."""
 
@@ -220,17 +220,17 @@ class Watch:
             moves = [a - b for a, b in zip(after, self.before[name], strict=True)]
             self.row["updates"][name] = _number(_length(moves) / _length(after))
 
-# %% ../nbs/05_train.ipynb #4ed8ed55
+# %% ../nbs/05_train.ipynb #621b2b0d
 def _length(tensors: list[Tensor]) -> float:
     """Compute the L2 norm of several tensors together."""
     return full_tensor(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))).item()
 
-# %% ../nbs/05_train.ipynb #de2a11af
+# %% ../nbs/05_train.ipynb #7614ad73
 def _number(x: float) -> float | str:
     """Round to four digits; JSON has no infinity, so that becomes a word."""
     return float(f"{x:.4g}") if math.isfinite(x) else str(x)
 
-# %% ../nbs/05_train.ipynb #77cebad4
+# %% ../nbs/05_train.ipynb #10e65181
 def train_step(
     model: nn.Module,  # changed in place
     optimizer: torch.optim.Optimizer,  # of the model's parameters
@@ -263,7 +263,7 @@ def train_step(
         watch.updates()
     return loss_value, norm_value
 
-# %% ../nbs/05_train.ipynb #95e31eca
+# %% ../nbs/05_train.ipynb #d837df92
 def read_config(
     run_dir: str | Path,  # the folder of a run
 ) -> TrainConfig:  # what it was made with
@@ -276,7 +276,7 @@ def read_config(
     except TypeError as error:
         raise InputError(f"{Path(run_dir, 'config.json')}: not the config of a run ({error})") from error
 
-# %% ../nbs/05_train.ipynb #65af36f2
+# %% ../nbs/05_train.ipynb #d04843df
 def read_metrics(
     run_dir: str | Path,  # the folder of a run
 ) -> list[dict[str, Any]]:  # step, tokens, seconds, train_loss, val_loss, lr, grad_norm, tokens_per_second, ...
@@ -284,7 +284,7 @@ def read_metrics(
     with open(Path(run_dir, "metrics.jsonl"), encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.endswith("\n")]
 
-# %% ../nbs/05_train.ipynb #5a98a2de
+# %% ../nbs/05_train.ipynb #cf94b1b0
 def checkpoints(
     run_dir: str | Path,  # the folder of a run
 ) -> list[Path]:  # checkpoint folders, the newest first
@@ -292,7 +292,7 @@ def checkpoints(
     folders = Path(run_dir, "checkpoints").glob("step-*")
     return sorted((path for path in folders if re.fullmatch(r"step-\d{8}", path.name)), reverse=True)
 
-# %% ../nbs/05_train.ipynb #2fa5842f
+# %% ../nbs/05_train.ipynb #1595382c
 def load_newest(
     run_dir: str | Path,  # the folder of a run
     model: nn.Module,  # gets the parameters
@@ -311,7 +311,7 @@ def load_newest(
         raise InputError(f"{run_dir}: none of its {len(folders)} checkpoints can be used; start a new run")
     return None
 
-# %% ../nbs/05_train.ipynb #9a1adf16
+# %% ../nbs/05_train.ipynb #1609f10d
 def load_run(
     run_dir: str | Path,  # the folder of a run
     device: str = "cpu",  # where the model will live; "auto" for the best there is
@@ -326,7 +326,7 @@ def load_run(
         raise InputError(f"{Path(run_dir, 'tokenizer')}: not the tokenizer that this run began with; bring that back")
     return model.to(pick_device(device)), tokenizer, config
 
-# %% ../nbs/05_train.ipynb #f5dbeb63
+# %% ../nbs/05_train.ipynb #6b02821e
 def pick_device(
     name: str,  # cpu, cuda, cuda:1, mps, or auto for the best there is
 ) -> str:  # the name of a device that is there
@@ -340,7 +340,7 @@ def pick_device(
         raise InputError(f"device {name!r} cannot be used here; try {best} or auto") from error
     return name
 
-# %% ../nbs/05_train.ipynb #c360cbbf
+# %% ../nbs/05_train.ipynb #38b96350
 def memory_there(
     device: str,  # its name, as pick_device returns it
 ) -> int | None:  # bytes for each process on this machine, None where the system does not tell
@@ -351,7 +351,7 @@ def memory_there(
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-# %% ../nbs/05_train.ipynb #b207a5e4
+# %% ../nbs/05_train.ipynb #eeeb3e6b
 def _check_machine(config: TrainConfig) -> str:
     """Choose the device. Raises InputError if the machine cannot do what the config wants."""
     device, pieces = pick_device(config.device), world_size() * config.grad_accum_steps
@@ -374,7 +374,7 @@ def _check_machine(config: TrainConfig) -> str:
         raise InputError(f"{found}; raise --grad_accum_steps, or choose a smaller batch or model")
     return device
 
-# %% ../nbs/05_train.ipynb #8823128f
+# %% ../nbs/05_train.ipynb #eeb44715
 COMPILERS = [os.environ.get("CXX", "g++"), "clang++", "cl"]
 
 
@@ -420,7 +420,7 @@ def _open_folder(config: TrainConfig, held: ExitStack) -> tuple[Path, TokenFile,
     if {path.name for path in run_dir.iterdir()} - {".lock", "tokenizer"}:
         raise InputError(f"{run_dir}: there are files in it, and no run; choose another --run_dir")
     text = fetch_corpus(config.corpus, config.data_dir, config.val_corpus)["train"]
-    about = {"name": corpus_name(config.corpus), "bytes": text.stat().st_size, "tokens": train_file.count}
+    about: dict[str, Any] = {"name": corpus_name(config.corpus), "bytes": text.stat().st_size, "tokens": train_file.count}
     try:
         floor = fables_floor(valid_file.tokens(), tokenizer, config.context_length)
     except InputError as error:
@@ -434,7 +434,7 @@ def _open_folder(config: TrainConfig, held: ExitStack) -> tuple[Path, TokenFile,
         json.dump({**made, "environment": environment(pick_device(config.device))}, file, indent=1)
     return run_dir, train_file, valid_file, floor
 
-# %% ../nbs/05_train.ipynb #492c08a1
+# %% ../nbs/05_train.ipynb #9f99c336
 class Stopped(KeyboardInterrupt):
     """A signal asked the run to stop; it has finished its step and saved a checkpoint."""
 
@@ -446,7 +446,7 @@ class Stopped(KeyboardInterrupt):
         super().__init__(f"stopped by {Signals(signum).name}; go on with --resume {run_dir}")
         self.exit_code = 128 + signum
 
-# %% ../nbs/05_train.ipynb #bd6b1109
+# %% ../nbs/05_train.ipynb #ce873f86
 class Log:
     """The log of a run: what the steps since its last line gave, and the files that it goes to."""
 
@@ -491,7 +491,7 @@ class Log:
         sizes = {name: self.append(name, "") for name in ("metrics.jsonl", "samples.txt")}
         return {"pending": self.pending, "seconds": time.perf_counter() - self.started, "sizes": sizes}
 
-# %% ../nbs/05_train.ipynb #be4104db
+# %% ../nbs/05_train.ipynb #c22b7092
 OnEval = Callable[[TransformerLM, Tokenizer, int], str | None]
 OnLog = Callable[[dict[str, Any]], None]
 
@@ -580,7 +580,7 @@ def train(
         _report(run_dir)
     return run_dir
 
-# %% ../nbs/05_train.ipynb #6a541f9d
+# %% ../nbs/05_train.ipynb #e0097bc9
 def _story(on_eval: OnEval, model: Any, tokenizer: Tokenizer, step: int, config: TrainConfig) -> str | None:
     """Let the callback tell a story in the process of rank 0; a sharded model is put together for it first."""
     weights = {name: full_tensor(x) for name, x in model.state_dict().items()} if config.fsdp else {}
@@ -595,14 +595,14 @@ def _story(on_eval: OnEval, model: Any, tokenizer: Tokenizer, step: int, config:
 
     return tell()
 
-# %% ../nbs/05_train.ipynb #06b1616a
+# %% ../nbs/05_train.ipynb #9176a0e5
 @on_rank0
 def _remove(folders: list[Path]) -> None:
     """Delete folders and what is in them."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/05_train.ipynb #3bfa3824
+# %% ../nbs/05_train.ipynb #3f9dcb27
 def tracker(
     config: TrainConfig,  # its field `tracker` chooses
     run_dir: Path,  # where TensorBoard's and Weights & Biases' files go
@@ -634,7 +634,7 @@ def tracker(
                      reinit="finish_previous")
     return lambda row: run.log(flat(row), step=row["step"])
 
-# %% ../nbs/05_train.ipynb #1314887f
+# %% ../nbs/05_train.ipynb #af19dd18
 def _report(run_dir: Path) -> None:
     """Print how a run ended, with the excess over the floor where it is known."""
     rows = [row for row in read_metrics(run_dir) if row["val_loss"] is not None]
@@ -650,7 +650,7 @@ def _report(run_dir: Path) -> None:
             line += ". No model can know that much: validation stories must have come with the training text"
     tqdm.write(line)
 
-# %% ../nbs/05_train.ipynb #e6e6ddae
+# %% ../nbs/05_train.ipynb #785570ae
 def environment(
     device: str,  # its name, as pick_device returns it
 ) -> dict[str, Any]:
@@ -666,7 +666,7 @@ def environment(
         "tinylm": tinylm.__version__,
     }
 
-# %% ../nbs/05_train.ipynb #6fd9c4e5
+# %% ../nbs/05_train.ipynb #1d357741
 def commit() -> str | None:  # 40 hexadecimal digits
     """Find the commit of this code, if it lies in a git repository."""
     folder = Path(tinylm.__file__).parent
@@ -676,7 +676,7 @@ def commit() -> str | None:  # 40 hexadecimal digits
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
-# %% ../nbs/05_train.ipynb #6f815682
+# %% ../nbs/05_train.ipynb #5876ae9d
 def plot_run(
     source: str | Path,  # a run folder, or a record made by record_run
 ) -> Any:  # a matplotlib Figure
@@ -712,7 +712,7 @@ def plot_run(
         axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "2357" else "")
     return figure
 
-# %% ../nbs/05_train.ipynb #28112502
+# %% ../nbs/05_train.ipynb #66375431
 def forecast(
     config: TrainConfig,  # the run to foresee
 ) -> str:  # a table: parameters, tokens, operations, memory and time on this machine
@@ -750,7 +750,7 @@ def forecast(
         "left out    preparing the data, stories told on the way, saving, what processes send to each other",
     ])
 
-# %% ../nbs/05_train.ipynb #e3009fef
+# %% ../nbs/05_train.ipynb #5b7ae130
 def record_run(
     run_dir: str | Path,  # the folder of a run that is finished or has diverged
     dst: str | Path,  # the JSON file to write
