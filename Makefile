@@ -1,4 +1,4 @@
-# Each target sets up .venv when it is missing. PYTHON=python3.12 picks another Python (3.10 or newer).
+# Each target sets up .venv when it is missing. PYTHON=python3.12 picks another Python (3.11 or newer).
 # PIP_ARGS reaches pip, for example PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 # for the small CPU build of PyTorch on Linux.
 PYTHON ?= python3
@@ -11,8 +11,8 @@ help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## / \t/'
 
 .venv/made: 
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "tinylm needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "tinylm needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	@touch $@
 
