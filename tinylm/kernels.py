@@ -4,6 +4,7 @@ In order: cutting text into pretokens, counting them, choosing merges, encoding,
 from __future__ import annotations
 
 import base64
+import math
 import queue
 import threading
 import zlib
@@ -11,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numba
@@ -1571,3 +1572,171 @@ class Decoder:
         out = np.empty(size, np.uint8)
         _decode(array, self._arena, self._offsets, out)
         return out.tobytes()
+
+# ---- the optimizer's step
+
+
+@compiled
+def _adamw_loop(w, g, m, v, keep, beta1, new1, beta2, new2, rate, eps):
+    """Take one AdamW step on flat arrays, touching each number once."""
+    for i in range(w.size):
+        m[i] = beta1 * m[i] + new1 * g[i]
+        v[i] = beta2 * v[i] + new2 * g[i] * g[i]
+        w[i] = keep * w[i] - rate * m[i] / (np.sqrt(v[i]) + eps)
+
+
+def adamw_step(
+    step: int,  # which step this is, counted from 1
+    settings: Mapping[str, Any],  # lr, betas, eps and weight_decay, as in an optimizer's parameter group
+    w: np.ndarray,  # weights, flat, 32 or 64 bits
+    g: np.ndarray,  # their gradient, of the same size and type, as all that follow
+    m: np.ndarray,  # the running average of gradients
+    v: np.ndarray,  # the running average of squared gradients
+) -> None:
+    """Take one AdamW step in place: lr m^ / (sqrt(v^) + eps) with both bias corrections moved out of the loop."""
+    lr, (beta1, beta2) = settings["lr"], settings["betas"]
+    root = math.sqrt(1 - beta2**step)
+    numbers = (1 - lr * settings["weight_decay"], beta1, 1 - beta1, beta2, 1 - beta2,
+               lr * root / (1 - beta1**step), settings["eps"] * root)
+    _adamw_loop(w, g, m, v, *map(w.dtype.type, numbers))
+
+
+# ---- generation: TransformerLM's forward pass for one new token of each text
+
+# Sums may be taken in any order, so that several numbers are added at once; infinity and NaN keep their meaning.
+_loops = partial(compiled, fastmath={"reassoc", "contract", "arcp", "nsz"})
+
+
+@_loops
+def _product(weight, x):
+    """Multiply a matrix (O, I) with each of the vectors x (B, I): four rows with two vectors at a time.
+
+    Four rows from four quarters of the matrix keep memory busy; two vectors use twice what has been loaded."""
+    out, n = np.empty((len(x), len(weight)), np.float32), len(weight) // 4
+    for o in range(n):
+        w0, w1, w2, w3 = weight[o], weight[o + n], weight[o + 2 * n], weight[o + 3 * n]
+        for r in range(0, len(x) - 1, 2):
+            x0, x1 = x[r], x[r + 1]
+            a = b = c = d = e = f = g = h = np.float32(0)
+            for i in range(weight.shape[1]):
+                a, b, c, d = a + w0[i] * x0[i], b + w1[i] * x0[i], c + w2[i] * x0[i], d + w3[i] * x0[i]
+                e, f, g, h = e + w0[i] * x1[i], f + w1[i] * x1[i], g + w2[i] * x1[i], h + w3[i] * x1[i]
+            out[r, o], out[r, o + n], out[r, o + 2 * n], out[r, o + 3 * n] = a, b, c, d
+            out[r + 1, o], out[r + 1, o + n], out[r + 1, o + 2 * n], out[r + 1, o + 3 * n] = e, f, g, h
+        for r in range(len(x) - len(x) % 2, len(x)):  # a vector that is left over
+            x0 = x[r]
+            a = b = c = d = np.float32(0)
+            for i in range(weight.shape[1]):
+                a, b, c, d = a + w0[i] * x0[i], b + w1[i] * x0[i], c + w2[i] * x0[i], d + w3[i] * x0[i]
+            out[r, o], out[r, o + n], out[r, o + 2 * n], out[r, o + 3 * n] = a, b, c, d
+    for o in range(4 * n, len(weight)):
+        for r in range(len(x)):
+            out[r, o] = (weight[o] * x[r]).sum()
+    return out
+
+
+@_loops
+def _rms_norm(x, gain, eps):
+    """Scale each vector of x (B, D) to a root mean square of one, then by the gains (D)."""
+    out = np.empty_like(x)
+    for r in range(len(x)):
+        total = np.float32(0)
+        for i in range(x.shape[1]):
+            total += x[r, i] * x[r, i]
+        scale = np.float32(1 / math.sqrt(total / x.shape[1] + eps))
+        for i in range(x.shape[1]):
+            out[r, i] = x[r, i] * gain[i] * scale
+    return out
+
+
+@_loops
+def _turn(x, cos, sin):
+    """Turn the pairs of queries or keys (B, D), all heads of them, by the angles (K/2) of their position; in place."""
+    for r in range(len(x)):
+        for i in range(x.shape[1] // 2):
+            c, s = cos[i % len(cos)], sin[i % len(cos)]
+            even, odd = x[r, 2 * i], x[r, 2 * i + 1]
+            x[r, 2 * i], x[r, 2 * i + 1] = even * c - odd * s, even * s + odd * c
+
+
+@_loops
+def _attend_head(q, keys, values, out):
+    """Attend from one query (K) to keys and values (T, K)."""
+    weight, num = np.empty(len(keys), np.float32), len(q)
+    for t in range(len(keys)):
+        total = np.float32(0)
+        for i in range(num):
+            total += q[i] * keys[t, i]
+        weight[t] = total / np.float32(math.sqrt(num))
+    weight = np.exp(weight - weight.max())
+    out[:] = 0
+    for t in range(len(keys)):
+        for i in range(num):
+            out[i] += weight[t] * values[t, i]
+    out /= weight.sum()
+
+
+@_loops
+def _attend(q, keys, values, length):
+    """Attend from one query (D) of each text to the first `length` keys and values (B, H, capacity, K)."""
+    out, size = np.empty_like(q), keys.shape[3]
+    for r in range(len(q)):
+        for h in range(keys.shape[1]):
+            mine = slice(h * size, (h + 1) * size)
+            _attend_head(q[r, mine], keys[r, h, :length], values[r, h, :length], out[r, mine])
+    return out
+
+
+@_loops
+def _layer(x, position, keys, values, ln1, eps1, wq, wk, wv, wo, ln2, eps2, w1, w2, w3, cos, sin):
+    """Update the residual streams (B, D) of the tokens at `position`; their keys and values go into the caches."""
+    y = _rms_norm(x, ln1, eps1)
+    q, k, v = _product(wq, y), _product(wk, y), _product(wv, y)
+    _turn(q, cos[position], sin[position])
+    _turn(k, cos[position], sin[position])
+    size = keys.shape[3]
+    for r in range(len(x)):
+        for i in range(x.shape[1]):
+            keys[r, i // size, position, i % size], values[r, i // size, position, i % size] = k[r, i], v[r, i]
+    x = x + _product(wo, _attend(q, keys, values, position + 1))
+    y = _rms_norm(x, ln2, eps2)
+    hidden, up = _product(w1, y), _product(w3, y)
+    for r in range(len(hidden)):
+        for i in range(hidden.shape[1]):
+            hidden[r, i] *= up[r, i] / (np.float32(1) + math.exp(-hidden[r, i]))
+    return x + _product(w2, hidden)
+
+
+class TokenReader:
+    """Read one token at a time of each text, through the memory of a pre-norm SwiGLU model with RoPE and its caches."""
+
+    def __init__(
+        self,
+        embeddings: np.ndarray,  # (V, D), like all weights float32
+        layers: Sequence[tuple],  # of each layer: gain, eps, q, k, v, output, gain, eps, w1, w2, w3, cosines, sines
+        memory: Sequence[tuple[np.ndarray, np.ndarray]],  # of each layer: keys and values, (B, H, capacity, K)
+        gain: np.ndarray,  # (D), of the last norm
+        eps: float,  # of the last norm
+        head: np.ndarray,  # (V, D)
+    ):
+        self.embeddings, self.layers, self.memory = embeddings, layers, memory
+        self.gain, self.eps, self.head = gain, eps, head
+        self.threads = ThreadPoolExecutor()
+
+    def _read(self, x: np.ndarray, texts: slice, position: int) -> np.ndarray:
+        for weights, (keys, values) in zip(self.layers, self.memory, strict=True):
+            x = _layer(x, position, keys[texts], values[texts], *weights)
+        return _product(self.head, _rms_norm(x, self.gain, self.eps))
+
+    def scores(
+        self,
+        token_ids: Sequence[int],  # (B), the new token of each text
+        position: int,  # where all of them stand; the caches hold what is before
+        num_threads: int,  # threads share the texts in pairs: what they compute does not depend on their number
+    ) -> np.ndarray:  # (B, V), the scores of the tokens that may come next
+        """Read the new tokens; their keys and values go into the caches."""
+        x = self.embeddings[list(token_ids)]
+        share = 2 * math.ceil(len(x) / 2 / num_threads)
+        shares = [slice(r, r + share) for r in range(0, len(x), share)]
+        each = self.threads.map if len(shares) > 1 else map
+        return np.concatenate(list(each(lambda texts: self._read(x[texts], texts, position), shares)))
