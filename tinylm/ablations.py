@@ -115,8 +115,9 @@ class Result(NamedTuple):
     @property
     def loss(self) -> float:
         """The last validation loss, in nats per token; infinite after a divergence."""
-        losses = [row["val_loss"] for row in self.record["curve"] if row["val_loss"]]
-        return math.inf if self.record["diverged_at_step"] else losses[-1]
+        curve, diverged = self.record["curve"], self.record["diverged_at_step"]
+        losses = [row["val_loss"] for row in curve if row["val_loss"] is not None]
+        return math.inf if diverged else losses[-1]
 
 
 def by_variant(results: Iterable[Result]) -> dict[str, dict[float, dict[int, float]]]:
@@ -249,7 +250,8 @@ def plot_search(results: Sequence[Result], axis: Any, ceiling: float = math.inf)
         axis.plot(rates, line, **style, markevery=[], label=variant)
         for rate, loss in [(lr, loss) for lr in rates for loss in curve[lr].values()]:
             mark = {"mfc": "white"} if loss > top else {}
-            mark = {"marker": "x", "color": "#c00000"} if math.isinf(loss) else mark
+            cross = {"marker": "x", "color": "#c00000", "ms": 9, "mew": 2}
+            mark = cross if math.isinf(loss) else mark
             axis.plot(rate, min(loss, top), **style | {"ls": "", "ms": 5} | mark)
         if edge := search_results(results)[variant].edge:
             axis.axvspan(edge / 1.15, 1.15 * rates[-1], color=style["color"], alpha=0.1)
