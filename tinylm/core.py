@@ -154,7 +154,12 @@ def open_text(
             raise InputError(f"{path}: the text is UTF-16; expected UTF-8: `iconv -f UTF-16 -t UTF-8` writes it so")
         if begin[:2] == b"\x1f\x8b":
             raise InputError(f"{path}: a gzip file; give it a name that ends in .gz")
-        if b"\0" in begin:
+        zeros, wrong = begin.count(0), False
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(begin)
+        except UnicodeDecodeError:
+            wrong = True  # bytes that are not UTF-8 are read as U+FFFD, unless it looks like no text at all
+        if zeros and (wrong or zeros > len(begin) // 100):
             raise InputError(f"{path}: no text, there are zero bytes in it; expected UTF-8")
         return stream
     except InputError:
