@@ -1,10 +1,13 @@
 """What Quarto shows of a chapter: the notebook's JSON on standard input, the page's JSON on standard output.
 
 nbdev hides its directives and tells where documentation belongs. Around it, this script writes the documentation of
-each public name from the package itself, keeps the introduction (nbdev drops what shares a cell with the title), adds
-the line that opens the chapter in Colab, takes out nbval's marks, and points links between chapters at their notebooks,
-as Quarto wants.
+each public name from the package itself, folds exported code instead of leaving it out, keeps the introduction (nbdev
+drops what shares a cell with the title), adds the line that opens the chapter in Colab, takes out nbval's marks, points
+links between chapters at their notebooks, as Quarto wants, and hands every source over as a list of lines that keep
+their newlines: Quarto glues the lines of a source that is one string together.
 """
+import ast
+import html
 import importlib
 import inspect
 import json
@@ -28,7 +31,30 @@ COLAB = ("[Open in Colab](https://colab.research.google.com/github/{user}/{repo}
 class Processors(FilterDefaults):
     def base_procs(self) -> list:
         "What nbdev does, but for running the notebook's code."
-        return [proc for proc in super().base_procs() if proc.__name__ != "exec_show_docs"]
+        return [proc for proc in super().base_procs() if proc.__name__ not in ("exec_show_docs", "add_fold")]
+
+
+def modules(notebook: dict) -> list[ModuleType]:
+    "The modules that a notebook exports to: its own (`#| default_exp`), then others (`#| export NAME`); maybe none."
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    names = re.findall(r"^#\|\s*default_exp +(\w+)", code, re.MULTILINE)
+    names += re.findall(r"^#\|\s*exports? +(\w+)", code, re.MULTILINE)
+    return [importlib.import_module(f"{get_config().lib_name}.{name}") for name in dict.fromkeys(names)]
+
+
+def fold(source: str) -> str:
+    "Show exported code: open if it says `#| exports`, closed if it says `#| export`, where nbdev would drop it."
+    found = re.match(r"#\|\s*export([is]?)\b(.*)\n", source)
+    if not found:
+        return source
+    rest = source[found.end():]
+    nodes = ast.parse(rest).body
+    names = [node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    names = names or [ast.unparse(node).split(" =")[0].split(":")[0] for node in nodes
+                      if isinstance(node, ast.Assign | ast.AnnAssign)]
+    what = f"Source of {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" if names else "Imports"
+    shown = "show" if found[1] == "s" else "true"
+    return f'#| exports{found[2]}\n#| code-fold: {shown}\n#| code-summary: "{what}"\n{rest}'
 
 
 def documentation(module: ModuleType, name: str) -> str:
@@ -36,7 +62,7 @@ def documentation(module: ModuleType, name: str) -> str:
     sym, lookup = getattr(module, name), NbdevLookup()
     source = f'[source]({lookup.code(name)}){{style="float:right; font-size:smaller"}}'
     call = f"```python\n{short_call(name, sym)}\n```"
-    text = lookup.linkify(inspect.cleandoc(sym.__doc__ or ""))
+    text = lookup.linkify(literal(inspect.cleandoc(sym.__doc__ or "")))
     return "\n\n".join(["---", source, f"### {name}", call, text, parameter_table(sym)])
 
 
@@ -58,9 +84,27 @@ def parameter_table(sym: object) -> str:
             kind = d.anno.__name__ if type(d.anno) is type else inspect.formatannotation(d.anno).strip("'")
             kind = "" if d.anno is inspect.Parameter.empty else "`" + re.sub(r"\b(?:\w+\.)+", "", kind) + "`"
             name = "**returns**" if name == "return" else f"`{name}`"
-            cells = [name, kind, " ".join(d.docment.split())]
+            cells = [name, kind, literal(" ".join(d.docment.split()))]
             rows.append("| " + " | ".join(c.replace("|", r"\|") for c in cells) + " |")
     return "\n".join(["| | Type | Meaning |", "|---|---|---|", *rows]) if rows else ""
+
+
+def literal(text: str) -> str:
+    "Keep from comments and docstrings what Quarto would change: --flag is no dash, <name> is no HTML."
+    def code(found: re.Match) -> str:
+        return found[1] or {"<": "&lt;"}.get(found[0], f"`{found[0]}`")
+
+    return re.sub(r"(`[^`]*`)|(?<![\w-])--[a-z][\w-]*|<", code, text)
+
+
+def plain_bars(text: str) -> str:
+    r"Spell `a \| b` in a row of a table so that no backslash is shown: Quarto keeps the backslash in code."
+    def code(found: re.Match) -> str:
+        inside = html.escape(found[1].replace(r"\|", "|"), quote=False)
+        return "<code>" + re.sub(r"[]|[*_~^$!`-]", lambda special: f"&#{ord(special[0])};", inside) + "</code>"
+
+    rows = (re.sub(r"`([^`]*\\\|[^`]*)`", code, row) if row.startswith("|") else row for row in text.split("\n"))
+    return "\n".join(rows)
 
 
 def split_title(source: str) -> tuple[str, str]:
@@ -90,6 +134,10 @@ def page(notebook: dict, path: Path) -> dict:
     title, introduction = split_title("".join(notebook["cells"][0]["source"]))
     nb = dict2nb(notebook)
     nb.path_ = path
+    exported = modules(nb)
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            cell.source = fold(cell.source)
     nb.cells[0].source = title
     colab = COLAB.format(**{k: config[k] for k in ("user", "repo", "branch", "git_url")}, name=path.name)
     nb.cells.insert(1, mk_cell(f"{introduction}\n\n{colab}", "markdown"))
@@ -103,14 +151,16 @@ def page(notebook: dict, path: Path) -> dict:
         for k in [k for k in cell if k.endswith("_")]:
             del cell[k]
         if found := re.search(r"^show_doc\((\w+)\)$", cell.source, re.MULTILINE):
-            module = importlib.import_module(f"{config.lib_name}.{path.stem.split('_', 1)[1]}")
+            module = next(module for module in exported if hasattr(module, found[1]))
             cell.source = documentation(module, found[1])
             cell.cell_type = "markdown"
             cell.pop("outputs", None)
         cell.source = cell.source.removeprefix("# NBVAL_CHECK_OUTPUT\n")
         if cell.cell_type != "code":
-            cell.source = link_chapters(cell.source, site, chapters)
+            cell.source = plain_bars(link_chapters(cell.source, site, chapters))
     nb.cells[0].source = re.sub(r"^output-file:.*\n", "", nb.cells[0].source, flags=re.MULTILINE)
+    for cell in nb.cells:
+        cell.source = re.findall(r".*\n|.+", cell.source)
     return {k: nb[k] for k in ("cells", "metadata", "nbformat", "nbformat_minor")}
 
 

@@ -1,9 +1,10 @@
 """Build the site into _docs: with Quarto where it is on PATH, else with a stand-in, so that it can be read and tested.
 
 The stand-in is smalldocs (pure Python, from PyPI). It reads _quarto.yml, but runs no notebook filter, compiles no Sass
-and leaves maths and the themes' fonts to a CDN. So it gets a copy of the project with filtered notebooks, and what it
-built is mended after, only where _quarto.yml tells Quarto the same: a setting that is lost there leaves the request in
-the stand-in too, where the test in the browser sees it.
+and leaves maths and the themes' fonts to a CDN. It reads Markdown and notebooks by rules of its own, which forgive what
+Quarto does not: a page that is well here need not be well there. So it gets a copy of the project with filtered
+notebooks, and what it built is mended after, only where _quarto.yml tells Quarto the same: a setting that is lost there
+leaves the request in the stand-in too, where the test in the browser sees it.
 """
 import html
 import os
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 INDEX = '<meta charset="utf-8"><title>tinylm</title><meta http-equiv="refresh" content="0; url=README.html">\n'
 FILTER_ALL = """
 import json, _filter
-paths = list(_filter.Path.cwd().glob("*.ipynb"))
+paths = sorted(_filter.Path.cwd().glob("*.ipynb"))
 pages = [_filter.page(json.loads(path.read_text(encoding="utf-8")), path) for path in paths]
 for path, page in zip(paths, pages):
     path.write_text(json.dumps(page, ensure_ascii=False), encoding="utf-8")
@@ -46,6 +47,11 @@ def copy_project(root: Path, to: Path) -> Path:
     return shutil.copytree(root, to / "project", ignore=leave)
 
 
+def filter_all(project: Path) -> None:
+    "Replace the notebooks of a copied project by what the filter makes of them for their pages."
+    subprocess.run([sys.executable, "-c", FILTER_ALL], cwd=project / "nbs", check=True)
+
+
 def stand_in(root: Path, out: Path) -> None:
     "Build with smalldocs from a copy of the project whose notebooks went through the filter."
     with tempfile.TemporaryDirectory() as tmp:
@@ -57,7 +63,7 @@ def stand_in(root: Path, out: Path) -> None:
         config["format"]["html"]["theme"] = {mode: names[0] for mode, names in theme.items()}
         del config["execute"], config["ipynb-filters"]
         (copy / "_quarto.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
-        subprocess.run([sys.executable, "-c", FILTER_ALL], cwd=copy / "nbs", check=True)
+        filter_all(copy)
         subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", str(copy)], check=True)
         mend(copy / "_docs", mathml, own_fonts)
         shutil.rmtree(out, ignore_errors=True)
