@@ -140,7 +140,6 @@ PARTS["equal_weights"] = Part("00_data", equal_weights, lambda: {
     "only the first number is taken out": (r'r"\1", text', r'r"\1", text, count=1'),
     "the weights at the beginning of a line stay": (r"^\s*|", ""),
     "the weights after a comma stay": ("[:,]", "[:]"),
-    "weights have one digit only": (r"\d+", r"\d"),
     "numbers inside an option are taken out too": (r"(^\s*|[:,]\s+)", "()")})
 
 
@@ -173,7 +172,8 @@ PARTS["longest_match"] = Part("00_tokenizer", longest_match, lambda: {
 class Tokenizer:
     r"""Encode text with the vocabulary (id -> bytes) and the merges of a byte-pair training, and decode ids.
 
-    Special tokens get the ids after the largest one, in their order; `special_tokens` may be None. A text is cut at its
+    Special tokens that the vocabulary lacks get the ids after its largest one, in their order; the others keep theirs.
+    `special_tokens` may be None. A text is cut at its
     special tokens first (where two of them fit, the longer one counts), then into pretokens by GPT-2's pattern
         '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
     A pretoken starts as single bytes of UTF-8. The merges are made inside of pretokens, in the order of training: the
@@ -183,7 +183,7 @@ class Tokenizer:
         """Keep copies; `merges` are pairs of tokens in the order of training."""
         self.special = sorted(special_tokens or [], key=len, reverse=True)
         self.bytes_of = dict(vocab)
-        for name in special_tokens or []:
+        for name in [n for n in special_tokens or [] if n.encode() not in vocab.values()]:
             self.bytes_of[max(self.bytes_of) + 1] = name.encode()
         self.id_of = {token: i for i, token in self.bytes_of.items()}
         self.merges = merges
@@ -222,7 +222,7 @@ class Tokenizer:
 def _encoder(special: list[str] | None, use: Callable[[Any], dict[str, Any]]) -> Case:
     pairs = "t+h h+e t+he s+h e+_ _+t _t+he _+e y+' 1+0 10+0 _+_ \xc3+\xa9"
     tokens = [tuple(pair.replace("_", " ").encode("latin-1").split(b"+")) for pair in pairs.split()]
-    vocab = dict(enumerate([*(bytes([b]) for b in range(256)), *(a + b for a, b in tokens)]))
+    vocab = dict(enumerate([*(bytes([b]) for b in range(256)), *(a + b for a, b in tokens), b"<|old|>"]))
     return lambda make: use(make(dict(vocab), list(tokens), special))
 
 
@@ -251,6 +251,7 @@ PARTS["Tokenizer"] = Part("00_tokenizer", Tokenizer, lambda: {
     "a letter in two tokens, decoded together": _decoded(*"é🙂".encode()),
     "bytes that are no text": _decoded(104, 0xC3, 105),
     "special tokens": _texts("the<|end|>the", "<|end|>", special=["<|end|>"]),
+    "special tokens, one of which the vocabulary has": _texts("<|old|><|end|>", special=["<|end|>", "<|old|>"]),
     "two special tokens in a row, and one that begins like another": _texts(
         "<|a|><|a|>the", "<|a|><|b|>", special=["<|a|>", "<|a|><|b|>"]),
     "characters that mean something in a pattern": _texts("the[x|y]the", "x", special=["[x|y]"]),
@@ -268,6 +269,7 @@ PARTS["Tokenizer"] = Part("00_tokenizer", Tokenizer, lambda: {
         'b"".join(self.bytes_of[i] for i in ids).decode(errors="replace")',
         '"".join(self.bytes_of[i].decode(errors="replace") for i in ids)'),
     "bytes that are no UTF-8 raise an error: errors='replace'": ('errors="replace"', ""),
+    "a special token that the vocabulary has gets a second id": (" if n.encode() not in vocab.values()", ""),
     "special tokens are split like other text": (" if self.special else [text]", " if False else [text]"),
     "special tokens are lost when the text is cut at them": ('f"({cuts})"', 'f"(?:{cuts})"'),
     "the shorter of two special tokens wins": (", reverse=True", ""),
