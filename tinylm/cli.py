@@ -42,14 +42,16 @@ def read_flags(
             raise end.__context__ from None
         if not end.code:
             raise
-        title, *parts = (" ".join(part.split()) for part in re.split("─+", re.sub("[│╭╮╰╯]", " ", words.getvalue()))[1:])
-        parts = [re.sub("^Argument helptext: ", "expected ", part.rstrip(". ")) for part in parts if part]
-        parts[-1] = f"see `tinylm {verb} --help`"
-        raise InputError("; ".join(parts)) from None
+        rows = re.sub("[│╭╮╰╯]", " ", words.getvalue())  # tyro's box: a title, and parts between rules
+        _, _, *parts = (" ".join(part.split()).rstrip(".") for part in re.split("─+", rows))
+        said = [re.sub("^Argument helptext:", "expected", part) for part in parts if part and "full helptext" not in part]
+        if re.match("Unrecognized options: [^-]", said[0]):
+            said.append("text with spaces needs quotes, and a switch such as --plan takes no value")
+        raise InputError("; ".join([*said, f"see `tinylm {verb} --help`"])) from None
     flags = got[0] if some else got
     for name, value in vars(flags).items():
         if isinstance(value, float) and not math.isfinite(value) or isinstance(value, int) and abs(value) >= 1 << 63:
-            raise InputError(f"--{name} is {value}; expected a smaller number; see `tinylm {verb} --help`")
+            raise InputError(f"--{name} is {value}; expected an ordinary number; see `tinylm {verb} --help`")
     homes = {name: os.path.expanduser(value) for name, value in vars(flags).items() if str(value).startswith("~/")}
     return replace(flags, **homes)
 
@@ -71,7 +73,7 @@ class Data:
 
     Next: `tinylm tokenize --corpus NAME`, or `tinylm train --corpus NAME` at once."""
 
-    name: Positional[str] = "fables"  # fables (made here), tinystories or owt (fetched once), or a .txt[.gz] file
+    name: Annotated[Positional[str], tyro.conf.arg(metavar="[NAME]")] = "fables"  # fables, tinystories, owt, or a .txt[.gz] file
     corpus: str | None = None  # the same as NAME
     val_corpus: str | None = None  # validation text for a corpus given by path; None holds out its last documents
     data_dir: str = "data"  # folder that keeps the corpora
@@ -151,6 +153,7 @@ def train_flags(argv: Sequence[str]) -> tuple[Any, bool]:
 
         Next: `tinylm generate` tells more stories, `tinylm compare` says whether the run is as it should be."""
 
+        resume: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None  # go on with this run
         plan: bool = False  # only forecast size, memory and time on this machine; train nothing
 
     base = read_flags(Base, argv, "train", some=True)
@@ -217,8 +220,8 @@ class Generate:
     RUN is the folder of a run; without it, the newest one under runs/ is taken. PROMPT is how the story begins; without
     it, the model begins by itself. A prompt with spaces needs quotes."""
 
-    run_dir: Annotated[Positional[str], tyro.conf.arg(name="RUN")] = ""  # a run; what is none is the prompt
-    prompt: Annotated[Positional[str], tyro.conf.arg(name="PROMPT")] = ""  # the story's beginning
+    run_dir: Annotated[Positional[str], tyro.conf.arg(metavar="[RUN]")] = ""  # a run; what is none is the prompt
+    prompt: Annotated[Positional[str], tyro.conf.arg(metavar="[PROMPT]")] = ""  # the story's beginning
     temperature: float = 0.8  # 0 = always the likeliest token, 1 = as the model says, higher = wilder
     top_k: int | None = None  # draw among the k likeliest tokens
     top_p: float | None = 0.9  # draw among the likeliest tokens that hold this much probability
@@ -295,7 +298,7 @@ class Export:
 
     RUN is the folder of a run; without it, the newest one under runs/ is taken."""
 
-    run_dir: Annotated[Positional[str], tyro.conf.arg(name="RUN")] = ""  # folder of a run
+    run_dir: Annotated[Positional[str], tyro.conf.arg(metavar="[RUN]")] = ""  # folder of a run
     format: Literal["hf", "tiktoken", "llama2c", "gguf", "onnx"] = "hf"  # hf is a Hugging Face folder
     out: str | None = None  # the file or folder to make; None puts it into RUN/export/
 
@@ -317,7 +320,7 @@ class Compare:
 
     RUN is the folder of a run, finished or not, or a record; without it, the newest run under runs/ is taken."""
 
-    run_dir: Annotated[Positional[str], tyro.conf.arg(name="RUN")] = ""  # folder of a run, or a record
+    run_dir: Annotated[Positional[str], tyro.conf.arg(metavar="[RUN]")] = ""  # folder of a run, or a record
 
     def run(self) -> int:
         from tinylm.ablations import compare_run
@@ -334,7 +337,7 @@ class Check:
     `tinylm check RMSNorm > my.py` writes a stub to fill in, and `tinylm check RMSNorm=my.py` checks it;
     `RMSNorm=my.py:MyNorm` if it has another name there."""
 
-    parts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(name="PART")] = ()  # NAME for a stub, or NAME=FILE.py
+    parts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME[=FILE.py[:OBJECT]]")] = ()  # NAME for a stub, or NAME=FILE.py
     train: bool = False  # also train a small model with your parts, and one with the book's
     time_limit: float = 30.0  # seconds that one case, or one training step, may take
 
@@ -401,11 +404,16 @@ def main(
     """Run the `tinylm` command; each failure that is expected becomes a line and an exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the letter shows a question mark
-    if os.environ.get("RANK", "0") != "0" or sys.stderr is None:  # of several processes, the first one speaks
+    if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        sys.stdout = sys.stdout and sys.stderr
+    quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if "RANK" in os.environ:  # one of several processes
+        from tinylm.distributed import only_rank0_speaks
+
+        quiet = only_rank0_speaks()
     try:
-        code = dispatch(sys.argv[1:] if argv is None else list(argv))
+        with quiet:
+            code = dispatch(sys.argv[1:] if argv is None else list(argv))
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
@@ -430,8 +438,8 @@ def main(
 
 if __name__ == "__main__":
     code = main()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # at once, since threads of gloo may not survive Python's own end
-        for file in filter(None, (sys.stdout, sys.stderr)):
-            file.flush()
-        os._exit(code)
+    if "RANK" in os.environ:
+        from tinylm.distributed import leave
+
+        leave(code)
     sys.exit(code)
