@@ -258,7 +258,6 @@ def test_one_process_is_two_is_fsdp(tiny, tmp_path):
     alone = train(replace(short, run_dir=str(tmp_path / "alone")))
     for name in ("ddp", "fsdp"):
         argv = [*flags(replace(short, run_dir=str(tmp_path / name))), *(["--fsdp"] if name == "fsdp" else [])]
-        argv = [part for part in argv if part != "True"]
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tinylm.cli", "train"]
         subprocess.run([sys.executable, *launch, *argv], env=ENV, check=True, timeout=120, capture_output=True)
         for key in ("train_loss", "val_loss", "grad_norm"):
