@@ -6,7 +6,7 @@
 __all__ = ['read_documents', 'corpus_name', 'fetch_corpus', 'prepare', 'windows', 'draw_starts', 'get_batch', 'cut_stories',
            'fables_floor', 'peak_memory']
 
-# %% ../nbs/00_data.ipynb #046dc12c
+# %% ../nbs/00_data.ipynb #6b054c8b
 import errno
 import hashlib
 import io
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # slow to import, and not needed to fetch a corpus
 
     from tinylm.tokenizer import TokenFile, Tokenizer
 
-# %% ../nbs/00_data.ipynb #7dacfae6
+# %% ../nbs/00_data.ipynb #3e0295c5
 def read_documents(
     path: str | os.PathLike[str],  # a .txt or .txt.gz file
     errors: str = "replace",  # for bytes that are not UTF-8, as in `open`
@@ -54,7 +54,7 @@ def read_documents(
         raise InputError(f"{path}: the corpus is empty; expected documents, each "
                          f"ended by a line {END_OF_TEXT}")
 
-# %% ../nbs/00_data.ipynb #848d5b67
+# %% ../nbs/00_data.ipynb #a9b0c03a
 def _ensure(
     home: Path, folder: Path, names: list[str], there: Callable, make: Callable
 ) -> Any:
@@ -110,7 +110,7 @@ def _write_texts(home: Path, facts: dict, make: Callable) -> dict[str, Path]:
 
     return _ensure(home, home, [path.name for path in paths.values()], there, write)
 
-# %% ../nbs/00_data.ipynb #5bd23d84
+# %% ../nbs/00_data.ipynb #4192fba5
 def _hold_out(path: Path) -> dict[str, Iterable[str]]:
     """Split a text: the last 5% of its documents, at least one, are for validation.
 
@@ -135,7 +135,7 @@ def _hold_out(path: Path) -> dict[str, Iterable[str]]:
     say(f"{path}: one document; {held_out}")
     return {"train": [text[:cut]], "valid": [text[cut + 1 :]]}
 
-# %% ../nbs/00_data.ipynb #181d16b3
+# %% ../nbs/00_data.ipynb #a76dcfd9
 def _download(repo: str, name: str, home: Path) -> Path:
     """Bring one file of a dataset from the Hugging Face Hub, unless it is there.
 
@@ -188,7 +188,7 @@ def _noted_sha256(path: Path) -> str:
         json.dump([*state, sha256], file)
     return sha256
 
-# %% ../nbs/00_data.ipynb #94b82d8b
+# %% ../nbs/00_data.ipynb #bd7d01d8
 _HUB = {  # corpus -> dataset, and its files for training and validation
     "tinystories": ("roneneldan/TinyStories", "TinyStoriesV2-GPT4-train.txt",
                     "TinyStoriesV2-GPT4-valid.txt"),
@@ -237,7 +237,7 @@ def fetch_corpus(
             paths = _write_texts(home, facts, lambda: _hold_out(text))
     return paths if val_corpus is None else {**paths, "valid": Path(val_corpus)}
 
-# %% ../nbs/00_data.ipynb #e3bf36d2
+# %% ../nbs/00_data.ipynb #4fd26f21
 def prepare(
     config: Any,  # uses corpus, val_corpus, data_dir, vocab_size and context_length
 ) -> "tuple[Tokenizer, TokenFile, TokenFile]":  # with train and validation tokens
@@ -295,7 +295,7 @@ def prepare(
         file.check(tokenizer)
     return tokenizer, *files
 
-# %% ../nbs/00_data.ipynb #9ba686be
+# %% ../nbs/00_data.ipynb #2abb38a0
 def windows(
     tokens: np.ndarray,  # token ids in a row, shape (N,), any integer dtype
     starts: np.ndarray,  # where each window begins, shape (B,)
@@ -312,7 +312,7 @@ def windows(
     rows = rows.to(device, non_blocking=True)
     return rows[:, :-1], rows[:, 1:]
 
-# %% ../nbs/00_data.ipynb #987b0625
+# %% ../nbs/00_data.ipynb #a2018fbe
 def draw_starts(
     tokens: np.ndarray,  # token ids in a row, shape (N,)
     batch_size: int,  # B, number of windows
@@ -340,7 +340,7 @@ def get_batch(
     starts = draw_starts(tokens, batch_size, context_length, rng)
     return windows(tokens, starts, context_length, device)
 
-# %% ../nbs/00_data.ipynb #efe2d498
+# %% ../nbs/00_data.ipynb #96994ecd
 def cut_stories(
     tokens: np.ndarray,  # token ids in a row, shape (N,)
     end_id: int,  # the id of END_OF_TEXT
@@ -369,7 +369,7 @@ def fables_floor(
     nats = -sum(fable_logprob(tokenizer.decode(row[1:-1]).strip()) for row in rows)
     return nats / sum(len(row) - 1 for row in rows)
 
-# %% ../nbs/00_data.ipynb #20976852
+# %% ../nbs/00_data.ipynb #9b78465f
 def peak_memory() -> int | None:
     """Tell the most memory that this process has held, in bytes."""
     # leaves the package as soon as nothing imports it from here
