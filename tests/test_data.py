@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from tiny import write_fables
 
 from tinylm import data
-from tinylm.data import END_OF_TEXT, InputError, fables, fetch_corpus, get_batch, prepare, read_documents
+from tinylm.data import (
+    END_OF_TEXT, InputError, atomic_write, fables, fetch_corpus, get_batch, prepare, read_documents,
+)
 
 
 def corpus_bytes(count, seed):
@@ -52,6 +54,19 @@ def test_what_is_written_is_read(tmp_path_factory, texts, end):
 def test_broken_utf8_is_marked_even_at_the_very_end(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a\xffb" + END_OF_TEXT.encode() + b"caf\xc3")
     assert list(read_documents(tmp_path / "a.txt")) == ["a\ufffdb", "caf\ufffd"]
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
+def test_a_failure_half_way_leaves_the_old_file_and_nothing_else(tmp_path, failure):
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(failure), atomic_write(tmp_path / "link") as file:
+        file.write(b"new" * 100_000)
+        raise failure
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"] and (tmp_path / "real").read_bytes() == b"old"
+    with atomic_write(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"new"
 
 
 def test_a_gzip_file_cut_anywhere_is_refused(tmp_path):

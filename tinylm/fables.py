@@ -6,7 +6,7 @@
 __all__ = ['Grammar', 'TEXT', 'read_rules', 'Step', 'Rule', 'compile_grammar', 'tell', 'entropy', 'Choice', 'parse', 'fables',
            'fable_logprob']
 
-# %% ../nbs/appendix_fables.ipynb #c599af2e
+# %% ../nbs/appendix_fables.ipynb #be0b62f3
 import re
 from bisect import bisect
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from .core import InputError
 
-# %% ../nbs/appendix_fables.ipynb #59e0f487
+# %% ../nbs/appendix_fables.ipynb #12bf7ec9
 _RULE = re.compile(r"(\w+)(?: \((.+)\))?:(.*)")  # name (attributes of all): options
 _OPTION = re.compile(r"(?:(\d+) )?([^|]+?)((?: \| .+)?)")  # weight words | key=value
 _Options = list[tuple[int, str, dict[str, str]]]  # weight, words, attributes
@@ -46,7 +46,7 @@ def read_rules(
             options.append((int(weight or 1), words, pairs))
     return rules
 
-# %% ../nbs/appendix_fables.ipynb #aef57701
+# %% ../nbs/appendix_fables.ipynb #79faf051
 class Step(NamedTuple):
     """One step of telling an option."""
 
@@ -85,7 +85,7 @@ def _steps(option: str, rules: dict) -> tuple[Step, ...]:
             steps.append(Step("choose", rule, name, tuple(words)))
     return tuple(s for s in [*steps, Step("say", option[at:])] if s.what)
 
-# %% ../nbs/appendix_fables.ipynb #41c83346
+# %% ../nbs/appendix_fables.ipynb #f25eda15
 class Rule(NamedTuple):
     """A rule that can be sampled and parsed."""
 
@@ -114,7 +114,7 @@ def compile_grammar(
         )
     return grammar
 
-# %% ../nbs/appendix_fables.ipynb #22dc9f09
+# %% ../nbs/appendix_fables.ipynb #d16d1ef1
 def tell(
     grammar: Grammar,  # what to tell
     random: Callable[[], float],  # draws a number between 0 and 1
@@ -142,7 +142,7 @@ def tell(
                 memory.update(notes)
     return "".join(said), -nats
 
-# %% ../nbs/appendix_fables.ipynb #6a8d8285
+# %% ../nbs/appendix_fables.ipynb #c993c68d
 def entropy(
     grammar: Grammar | None = None,  # None: the Fables
     rule: str = "story",  # what is told
@@ -157,7 +157,7 @@ def entropy(
         before = after
     return total
 
-# %% ../nbs/appendix_fables.ipynb #a8e74d6d
+# %% ../nbs/appendix_fables.ipynb #920bce47
 class Choice(NamedTuple):
     """One choice of a story, or one word that repeats an earlier choice."""
 
@@ -198,7 +198,7 @@ def parse(
         elif story.startswith(step.what, at):
             branches.append((at + len(step.what), memory, rest, made))
 
-# %% ../nbs/appendix_fables.ipynb #ae5d9782
+# %% ../nbs/appendix_fables.ipynb #c77d3acf
 def fables(
     num_stories: int,  # how many stories
     seed: int,  # the same seed gives the same stories everywhere
@@ -209,7 +209,7 @@ def fables(
     for _ in range(num_stories):
         yield tell(grammar or compile_grammar(), random)[0]
 
-# %% ../nbs/appendix_fables.ipynb #965e0cdd
+# %% ../nbs/appendix_fables.ipynb #89b841f5
 def fable_logprob(
     story: str,  # one story, without END_OF_TEXT
     grammar: Grammar | None = None,  # the grammar that told it; None: the Fables
