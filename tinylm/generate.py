@@ -10,29 +10,24 @@ __all__ = ['start_ids', 'pick_id', 'temper', 'keep_top_k', 'keep_top_p', 'next_t
 import codecs
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from numbers import Integral
+from numbers import Real
 from typing import Any, cast
 
-import numpy as np
 import torch
-from numba.core import event
-from torch import Tensor, nn
+from torch import Tensor
 
-from .data import END_OF_TEXT, InputError
-from .kernels import _compiled
-from .layers import Embedding, Linear, RMSNorm, SwiGLU, softmax
-from .model import MultiHeadSelfAttention, TransformerBlock, TransformerLM
-from .rope import RotaryPositionalEmbedding
-from .tokenizer import Tokenizer, _Announcement
+from .core import END_OF_TEXT, InputError, fast
+from .kernels import TokenReader
+from .layers import softmax
+from .model import ModelConfig, TransformerLM
+from .tokenizer import Tokenizer
 
 # %% ../nbs/07_generate.ipynb #2809cead
 def start_ids(
     tokenizer: Tokenizer,
     text: str = "",  # how the story begins; "" leaves all of it to the model
-) -> list[int]:  # `<|endoftext|>` if the tokenizer has it, a line break, the ids of `text`
-    "Turn the beginning of a story into a prompt, as stories begin in a corpus."
+) -> list[int]:  # `<|endoftext|>` if the tokenizer has it, a line break, the text
+    """Turn the beginning of a story into a prompt, as stories begin in a corpus."""
     before = END_OF_TEXT if END_OF_TEXT in tokenizer.special_tokens else ""
     return tokenizer.encode(f"{before}\n{text}")
 
@@ -41,16 +36,16 @@ def pick_id(
     probs: Tensor,  # (B, V) probabilities, each row with a positive sum
     u: Tensor,  # (B,) one number in [0, 1) for each row
 ) -> Tensor:  # (B,) the chosen ids
-    "Choose from each row the token whose piece of the cumulative line contains `u`."
+    """Choose from each row the token whose piece of the line from 0 to 1 holds `u`."""
     cdf = probs.double().cumsum(-1)
     return torch.searchsorted(cdf, u.double()[:, None] * cdf[:, -1:], right=True)[:, 0]
 
 # %% ../nbs/07_generate.ipynb #1d5e7055
 def temper(
     logits: Tensor,  # (B, V) scores of the next token
-    temperature: float,  # 0 = all on the highest score; 1 = as the model says; above 1 = flatter
+    temperature: float,  # 0 = only the best; 1 = as the model says; above = flatter
 ) -> Tensor:  # (B, V) probabilities
-    "Turn logits into probabilities at a temperature."
+    """Turn logits into probabilities at a temperature."""
     z = logits.float()
     if temperature == 0:
         return torch.zeros_like(z).scatter(-1, z.argmax(-1, keepdim=True), 1.0)
@@ -61,7 +56,7 @@ def keep_top_k(
     probs: Tensor,  # (B, V) probabilities
     k: int,  # how many tokens of each row stay possible
 ) -> Tensor:  # (B, V) probabilities, zero outside the k most probable
-    "Keep the `k` most probable tokens of each row."
+    """Keep the `k` most probable tokens of each row."""
     best = probs.topk(min(k, probs.shape[-1]), dim=-1)
     kept = torch.zeros_like(probs).scatter(-1, best.indices, best.values)
     return kept / kept.sum(-1, keepdim=True)
@@ -71,7 +66,7 @@ def keep_top_p(
     probs: Tensor,  # (B, V) probabilities
     p: float,  # in (0, 1]: the probability mass to keep; 1 keeps everything
 ) -> Tensor:  # (B, V) probabilities, zero outside the nucleus
-    "Keep the smallest set of most probable tokens that holds at least `p` of the probability."
+    """Keep the smallest set of most probable tokens that holds at least `p`."""
     if p == 1:
         return probs
     candidates = int((probs >= (1 - p) / probs.shape[-1]).sum(-1).max())
@@ -80,12 +75,6 @@ def keep_top_p(
     kept = torch.zeros_like(probs).scatter(-1, order, ranked * (above < p))
     return kept / kept.sum(-1, keepdim=True)
 
-# %% ../nbs/07_generate.ipynb #9e7628d7
-def _check_finite(number: Tensor) -> None:
-    "Raise InputError if a number that was computed from all scores is infinite or NaN."
-    if not number.isfinite():
-        raise InputError("the model's scores are not finite: its training diverged; use an earlier checkpoint")
-
 # %% ../nbs/07_generate.ipynb #7c5de3de
 def next_token_probs(
     logits: Tensor,  # (B, V) scores of the next token
@@ -93,10 +82,7 @@ def next_token_probs(
     top_k: int | None = None,  # None: no limit
     top_p: float | None = None,  # None: no limit
 ) -> Tensor:  # (B, V) the probabilities to draw from
-    """Reshape the model's distribution by temperature, then top-k, then top-p.
-
-    Raises `InputError` when the logits are not finite."""
-    _check_finite(logits.sum(dtype=torch.float64))
+    """Reshape the model's distribution by temperature, then top-k, then top-p."""
     probs = temper(logits, temperature)
     if top_k is not None:
         probs = keep_top_k(probs, top_k)
@@ -104,313 +90,168 @@ def next_token_probs(
 
 # %% ../nbs/07_generate.ipynb #49a14417
 class KVCache:
-    """Remember the keys and values of one attention layer, in memory allocated once.
-
-    Raises `ValueError` when more than `capacity` positions are appended."""
+    """Remember the keys and values of one attention layer, in memory allocated once."""
 
     def __init__(
         self,
         capacity: int,  # the most positions that it can hold: the context length
     ):
-        self.capacity, self.length = capacity, 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self.capacity, self.length = capacity, 0  # to forget all, set length = 0
+        self.keys = self.values = torch.empty(0)  # `append` makes (B, H, capacity, K)
 
     def append(
         self,
         k: Tensor,  # (B, H, T, K) keys of the T new positions, already rotated
         v: Tensor,  # (B, H, T, K) their values
-    ) -> tuple[Tensor, Tensor]:  # (B, H, length, K) keys and values of all positions so far, as views
-        "Add new positions; return all."
+    ) -> tuple[Tensor, Tensor]:  # (B, H, length, K) keys and values so far, as views
+        """Add new positions; return all. Raises ValueError beyond the capacity."""
         end = self.length + k.shape[2]
         if end > self.capacity:
             raise ValueError(f"the KV cache holds {self.capacity} positions, not {end}")
-        if self._keys is None or self._values is None:
-            self._keys, self._values = (x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (k, v))
-        self._keys[:, :, self.length:end], self._values[:, :, self.length:end] = k, v
+        if self.keys.dim() == 1:
+            shape = (*k.shape[:2], self.capacity, k.shape[3])
+            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
+        new = slice(self.length, end)
+        self.keys[:, :, new], self.values[:, :, new] = k, v
         self.length = end
-        return self._keys[:, :, :end], self._values[:, :, :end]
-
-    def clear(self) -> None:
-        "Forget all positions; the memory stays."
-        self.length = 0
-
-    def memory(self) -> tuple[Tensor, Tensor]:  # (B, H, capacity, K) all keys and all values, used or not
-        "Give the memory itself, which must have been allocated by `append`."
-        assert self._keys is not None and self._values is not None
-        return self._keys, self._values
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 # %% ../nbs/07_generate.ipynb #60973495
 def window_start(
     length: int,  # tokens of text so far
     context_length: int,  # the most that the model can read at once
 ) -> int:  # the first token that is still read
-    "Say where the window begins: it slides by half a context each time that it is full."
+    """Say where the window begins: it slides by half a context when it is full."""
     stride = context_length - context_length // 2
     return max(0, math.ceil((length - context_length) / stride)) * stride
 
-# %% ../nbs/07_generate.ipynb #a3119440
-_loops = partial(_compiled, fastmath={"reassoc", "contract", "arcp", "nsz"})
-event.register("numba:compile", _Announcement("tinylm.generate", "generation", 5))
-
-# %% ../nbs/07_generate.ipynb #55a46ddf
-@_loops
-def _product(weight, x):
-    "Multiply a matrix (O, I) with each of the vectors x (B, I): four rows with two vectors at a time."
-    out, n = np.empty((len(x), len(weight)), np.float32), len(weight) // 4
-    for o in range(n):
-        w0, w1, w2, w3 = weight[o], weight[o + n], weight[o + 2 * n], weight[o + 3 * n]
-        for r in range(0, len(x) - 1, 2):
-            x0, x1 = x[r], x[r + 1]
-            a = b = c = d = e = f = g = h = np.float32(0)
-            for i in range(weight.shape[1]):
-                a, b, c, d = a + w0[i] * x0[i], b + w1[i] * x0[i], c + w2[i] * x0[i], d + w3[i] * x0[i]
-                e, f, g, h = e + w0[i] * x1[i], f + w1[i] * x1[i], g + w2[i] * x1[i], h + w3[i] * x1[i]
-            out[r, o], out[r, o + n], out[r, o + 2 * n], out[r, o + 3 * n] = a, b, c, d
-            out[r + 1, o], out[r + 1, o + n], out[r + 1, o + 2 * n], out[r + 1, o + 3 * n] = e, f, g, h
-        for r in range(len(x) - len(x) % 2, len(x)):  # a vector that is left over
-            x0 = x[r]
-            a = b = c = d = np.float32(0)
-            for i in range(weight.shape[1]):
-                a, b, c, d = a + w0[i] * x0[i], b + w1[i] * x0[i], c + w2[i] * x0[i], d + w3[i] * x0[i]
-            out[r, o], out[r, o + n], out[r, o + 2 * n], out[r, o + 3 * n] = a, b, c, d
-    for o in range(4 * n, len(weight)):
-        for r in range(len(x)):
-            out[r, o] = (weight[o] * x[r]).sum()
-    return out
-
-# %% ../nbs/07_generate.ipynb #9f89c6db
-@_loops
-def _rms_norm(x, gain, eps):
-    "Scale each vector of x (B, D) to a root mean square of one, then by the gains (D)."
-    out = np.empty_like(x)
-    for r in range(len(x)):
-        total = np.float32(0)
-        for i in range(x.shape[1]):
-            total += x[r, i] * x[r, i]
-        scale = np.float32(1 / math.sqrt(total / x.shape[1] + eps))
-        for i in range(x.shape[1]):
-            out[r, i] = x[r, i] * gain[i] * scale
-    return out
-
-# %% ../nbs/07_generate.ipynb #83f0e419
-@_loops
-def _turn(x, cos, sin):
-    "Turn the pairs of queries or keys (B, D), all heads of them, by the angles (K/2) of their position; in place."
-    for r in range(len(x)):
-        for i in range(x.shape[1] // 2):
-            c, s = cos[i % len(cos)], sin[i % len(cos)]
-            even, odd = x[r, 2 * i], x[r, 2 * i + 1]
-            x[r, 2 * i], x[r, 2 * i + 1] = even * c - odd * s, even * s + odd * c
-
-# %% ../nbs/07_generate.ipynb #4ad231b2
-@_loops
-def _attend_head(q, keys, values, out):
-    "Attend from one query (K) to keys and values (T, K)."
-    weight, num = np.empty(len(keys), np.float32), len(q)
-    for t in range(len(keys)):
-        total = np.float32(0)
-        for i in range(num):
-            total += q[i] * keys[t, i]
-        weight[t] = total / np.float32(math.sqrt(num))
-    weight = np.exp(weight - weight.max())
-    out[:] = 0
-    for t in range(len(keys)):
-        for i in range(num):
-            out[i] += weight[t] * values[t, i]
-    out /= weight.sum()
-
-# %% ../nbs/07_generate.ipynb #04c2910d
-@_loops
-def _attend(q, keys, values, length):
-    "Attend from one query (D) of each text to the first `length` keys and values of the caches (B, H, capacity, K)."
-    out, size = np.empty_like(q), keys.shape[3]
-    for r in range(len(q)):
-        for h in range(keys.shape[1]):
-            mine = slice(h * size, (h + 1) * size)
-            _attend_head(q[r, mine], keys[r, h, :length], values[r, h, :length], out[r, mine])
-    return out
-
-# %% ../nbs/07_generate.ipynb #4a6f405a
-@_loops
-def _layer(x, position, eps, ln1, wq, wk, wv, wo, ln2, w1, w2, w3, cos, sin, keys, values):
-    "Update the residual streams (B, D) of the tokens at `position`; their keys and values go into the caches."
-    y = _rms_norm(x, ln1, eps)
-    q, k, v = _product(wq, y), _product(wk, y), _product(wv, y)
-    _turn(q, cos[position], sin[position])
-    _turn(k, cos[position], sin[position])
-    size = keys.shape[3]
-    for r in range(len(x)):
-        for i in range(x.shape[1]):
-            keys[r, i // size, position, i % size], values[r, i // size, position, i % size] = k[r, i], v[r, i]
-    x = x + _product(wo, _attend(q, keys, values, position + 1))
-    y = _rms_norm(x, ln2, eps)
-    hidden, up = _product(w1, y), _product(w3, y)
-    for r in range(len(hidden)):
-        for i in range(hidden.shape[1]):
-            hidden[r, i] *= up[r, i] / (np.float32(1) + math.exp(-hidden[r, i]))
-    return x + _product(w2, hidden)
-
-# %% ../nbs/07_generate.ipynb #98e0df5c
-_PARTS = {TransformerLM, Embedding, nn.ModuleList, TransformerBlock, MultiHeadSelfAttention, Linear, RMSNorm, SwiGLU,
-          RotaryPositionalEmbedding}
-
-
-def _can_compile(model: TransformerLM) -> bool:
-    "Whether the compiled path computes what this model does."
-    kinds = {(p.device.type, p.dtype) for p in model.parameters()}
-    parts = {type(module) for module in model.modules()}
-    eps = {module.eps for module in model.modules() if isinstance(module, RMSNorm)}
-    return kinds == {("cpu", torch.float32)} and parts == _PARTS and model.config.norm == "pre" and len(eps) == 1
-
-# %% ../nbs/07_generate.ipynb #4b6423ec
-class _OneToken:
-    "Read one token at a time of each text, with compiled code, through the memory of model and caches."
-
-    def __init__(self, model: TransformerLM, caches: Sequence[KVCache]):
-        self.caches, self.layers, self.threads = caches, [], ThreadPoolExecutor()
-        for layer in cast("Iterable[Any]", model.layers):
-            attn, ffn = layer.attn, layer.ffn
-            matrices = (attn.q_proj, attn.k_proj, attn.v_proj, attn.output_proj)
-            parts = [layer.ln1, *matrices, layer.ln2, ffn.w1, ffn.w2, ffn.w3]
-            tensors = [*(part.weight for part in parts), attn.rope.cos, attn.rope.sin]
-            self.layers.append([tensor.detach().numpy() for tensor in tensors])
-        self.memory = [[tensor.numpy() for tensor in cache.memory()] for cache in caches]
-        ends = model.token_embeddings, model.ln_final, model.lm_head
-        self.embeddings, self.gain, self.head = (cast(Tensor, end.weight).detach().numpy() for end in ends)
-        self.eps = cast(RMSNorm, model.ln_final).eps
-
-    def read(self, x: np.ndarray, texts: slice, position: int) -> np.ndarray:
-        "Return the scores of the tokens after those of some texts, whose embeddings (B, D) are x."
-        for layer, (keys, values) in zip(self.layers, self.memory, strict=True):
-            x = _layer(x, position, self.eps, *layer, keys[texts], values[texts])
-        return _product(self.head, _rms_norm(x, self.gain, self.eps))
-
-    def logits(self, token_ids: list[int], position: int) -> Tensor:
-        "Return the scores (B, V) of the tokens after these, each thread reading its share of the texts."
-        x = self.embeddings[token_ids]
-        share = 2 * math.ceil(len(x) / 2 / torch.get_num_threads())  # whole pairs
-        shares = [slice(r, r + share) for r in range(0, len(x), share)]
-        each = self.threads.map if len(shares) > 1 else map
-        scores = np.concatenate(list(each(lambda texts: self.read(x[texts], texts, position), shares)))
-        for cache in self.caches:
-            cache.length += 1
-        return torch.from_numpy(scores)
-
 # %% ../nbs/07_generate.ipynb #64e13e05
-_FEW = 16  # with more texts, PyTorch's products on all cores win
-
-
 class _Reader:
-    "Read rows of equal length, each token once, and give the logits of what follows."
+    """Read rows of equal length, each token once; give the logits of what follows."""
 
     def __init__(self, model: TransformerLM):
         self.model, self.context = model, model.config.context_length
         self.caches = [KVCache(self.context) for _ in model.layers]
-        self.device = next(model.parameters()).device
-        self.start = self.read = 0  # the window's first token, and the first token not read yet
-        self.one: _OneToken | None = None  # made when the caches have their memory
+        self.start = self.read = 0  # the window's first token, the first not read yet
+        self.twin: TokenReader | None = None
 
     @torch.inference_mode()
     def logits(self, rows: list[list[int]], n: int) -> Tensor:
-        "Return the scores (B, V) of the token after the first `n` of each row."
-        start = window_start(n, self.context)
-        if start != self.start:
-            for cache in self.caches:
-                cache.clear()
+        """Return the scores (B, V) of the token after the first `n` of each row."""
+        if (start := window_start(n, self.context)) != self.start:
             self.start = self.read = start
+            for cache in self.caches:
+                cache.length = 0
         first, self.read = self.read, n
-        if self.one is not None and n - first == 1:
-            return self.one.logits([row[first] for row in rows], first - start)
-        ids = torch.tensor([row[first:n] for row in rows], device=self.device)
-        positions = torch.arange(first - start, n - start, device=self.device)
-        logits = self.model(ids, token_positions=positions, caches=self.caches)[:, -1].float().cpu()
-        if self.one is None and len(rows) <= _FEW and _can_compile(self.model):
-            self.one = _OneToken(self.model, self.caches)
-        return logits
+        if self.twin is not None and n - first == 1:
+            new, threads = [row[first] for row in rows], torch.get_num_threads()
+            scores = torch.from_numpy(self.twin.scores(new, first - start, threads))
+            for cache in self.caches:
+                cache.length += 1
+        else:
+            device = next(self.model.parameters()).device
+            ids = torch.tensor([row[first:n] for row in rows], device=device)
+            positions = torch.arange(first - start, n - start, device=device)
+            scores = self.model(ids, positions, self.caches)[:, -1].float().cpu()
+            if first == start and len(rows) <= 16:  # with more, PyTorch's products win
+                self.twin = self._make_twin()
+        if not scores.sum(dtype=torch.float64).isfinite():
+            raise InputError("the model's scores are not finite: its training diverged")
+        return scores
 
-# %% ../nbs/07_generate.ipynb #70e61dd0
-def _check_choice(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
-    "Raise InputError for a setting that means nothing."
-    for name, value in (("max_new_tokens", max_new_tokens), ("top_k", 1 if top_k is None else top_k), ("seed", seed)):
-        if not isinstance(value, Integral):
-            raise InputError(f"{name} is {value!r}; expected a whole number")
-    if not 0 <= temperature < math.inf:
-        raise InputError(f"temperature is {temperature}; expected 0 (greedy) or a positive number")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k is {top_k}; expected at least 1, or None for no limit")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p is {top_p}; expected more than 0 and at most 1")
-    if max_new_tokens < 0:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
-
-# %% ../nbs/07_generate.ipynb #60725946
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-    "Raise InputError for an empty prompt or an id that the model does not have."
-    if not prompts or any(len(prompt) == 0 for prompt in prompts):
-        raise InputError("the prompt is empty; give at least one token, for example the id of <|endoftext|>")
-    for prompt in prompts:
-        for i in prompt:
-            if isinstance(i, str):
-                raise InputError("the prompt is text; expected token ids, as start_ids(tokenizer, text) gives")
-            if not 0 <= i < vocab_size:
-                raise InputError(f"the prompt holds token id {i}; this model knows ids 0 to {vocab_size - 1}")
-
-# %% ../nbs/07_generate.ipynb #5baa857e
-def _choose(logits: Tensor, draw: torch.Generator, temperature: float, top_k: int | None, top_p: float | None) -> int:
-    "Choose the next token of one text from its scores (1, V)."
-    if temperature == 0:  # the highest score needs no probabilities
-        best, i = logits.max(-1)
-        _check_finite(best)
-        return int(i)
-    u = torch.rand(1, generator=draw, dtype=torch.float64)
-    return int(pick_id(next_token_probs(logits, temperature, top_k, top_p), u))
+    def _make_twin(self) -> TokenReader | None:
+        """Hand the memory of model and filled caches to compiled loops, if they fit."""
+        model: Any = self.model
+        weights = list(model.parameters())
+        plain = TransformerLM(ModelConfig(1, 1, 2, 1, 1, 1))
+        parts, known = ({type(part) for part in m.modules()} for m in (model, plain))
+        narrow = weights[0].dtype == torch.float32 and fast(*weights, numpy=True)
+        if parts != known or model.config.norm != "pre" or not narrow:
+            return None
+        layers = []
+        for layer in model.layers:
+            tensors = (*layer.parameters(), *layer.attn.rope.buffers())
+            arrays = [tensor.detach().numpy() for tensor in tensors]
+            layers.append((*arrays, layer.ln1.eps, layer.ln2.eps))
+        memory = [(cache.keys.numpy(), cache.values.numpy()) for cache in self.caches]
+        ends = (model.token_embeddings, model.lm_head, model.ln_final)
+        embeddings, head, gain = (end.weight.detach().numpy() for end in ends)
+        return TokenReader(layers, memory, embeddings, head, gain, model.ln_final.eps)
 
 # %% ../nbs/07_generate.ipynb #dfa579e1
-def _decode(
-    model: TransformerLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float,
-    top_k: int | None, top_p: float | None, stop_id: int | None, seed: int,
+def _tokens(
+    model: TransformerLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+    stop_id: int | None = None, seed: int = 0,
 ) -> Iterator[tuple[int, int]]:
-    "Yield (row, id) for each token as it is chosen."
-    rows = [list(prompt) for prompt in prompts]
-    ends = [len(row) + max_new_tokens for row in rows]
-    draws = [torch.Generator().manual_seed(seed + r) for r in range(len(rows))]
-    reader, n = _Reader(model), min(map(len, rows))
-    alive = set(range(len(rows))) if max_new_tokens else set()
-    while alive:
-        logits = reader.logits(rows, n)
-        for r in [r for r in sorted(alive) if len(rows[r]) == n]:
-            i = _choose(logits[r:r + 1], draws[r], temperature, top_k, top_p)
-            rows[r].append(i)
-            if i != stop_id:
-                yield r, i
-            if i == stop_id or len(rows[r]) == ends[r]:
-                alive.remove(r)
-        n += 1
-        for row in rows:
-            row.extend([0] * (n - len(row)))  # a finished row idles
+    """Check all values, then yield (row, id) for each token as it is chosen."""
+
+    def whole(value: Any, least: int, end: float = math.inf) -> bool:
+        return hasattr(value, "__index__") and least <= value < end
+
+    size, given = model.config.vocab_size, [i for prompt in prompts for i in prompt]
+    wrong = [i for i in given if not whole(i, 0, size)]
+    finite = isinstance(temperature, Real) and 0 <= temperature < math.inf
+    share = top_p is None or isinstance(top_p, Real) and 0 < top_p <= 1
+    for right, name, value, expected in [
+        (whole(max_new_tokens, 0), "max_new_tokens", max_new_tokens, "0 or more"),
+        (finite, "temperature", temperature, "0 (greedy) or a positive number"),
+        (top_k is None or whole(top_k, 1), "top_k", top_k, "1 or more, or None"),
+        (share, "top_p", top_p, "more than 0 and at most 1, or None"),
+        (stop_id is None or whole(stop_id, 0, size), "stop_id", stop_id, "a token id"),
+        (whole(seed, -(2**63), 2**63), "seed", seed, "a whole number of 64 bits"),
+        (prompts and all(map(len, prompts)), "the prompt", [], "a token or more"),
+        (not wrong, "a part of the prompt", wrong[:1], f"token ids, 0 to {size - 1}"),
+    ]:
+        if not right:
+            raise InputError(f"{name} is {value!r}; expected {expected}")
+
+    def decode() -> Iterator[tuple[int, int]]:
+        rows = [list(prompt) for prompt in prompts]
+        ends = [len(row) + max_new_tokens for row in rows]
+        draws = [torch.Generator().manual_seed(seed + r) for r in range(len(rows))]
+        reader, n = _Reader(model), min(map(len, rows))
+        alive = list(range(len(rows))) if max_new_tokens else []
+        while alive:
+            logits = reader.logits(rows, n)
+            for r in [r for r in alive if len(rows[r]) == n]:
+                if temperature == 0:  # the highest score needs no probabilities
+                    i = int(logits[r].argmax())
+                else:
+                    u = torch.rand(1, generator=draws[r], dtype=torch.float64)
+                    z = logits[r : r + 1]
+                    i = int(pick_id(next_token_probs(z, temperature, top_k, top_p), u))
+                rows[r].append(i)
+                if i != stop_id:
+                    yield r, i
+                if i == stop_id or len(rows[r]) == ends[r]:
+                    alive.remove(r)
+            n += 1
+            for row in rows:
+                row.extend([0] * (n - len(row)))  # a finished row idles
+
+    return decode()
 
 # %% ../nbs/07_generate.ipynb #ccb2fef0
 def generate(
     model: TransformerLM,
-    prompt_ids: Sequence[int] | Sequence[Sequence[int]],  # one prompt, or a batch of prompts of any lengths
+    prompt_ids: Sequence[int] | Sequence[Sequence[int]],  # a prompt, or a batch of them
     max_new_tokens: int,  # the most tokens to write for each prompt
     *,
     temperature: float = 1.0,  # 0 = greedy, 1 = as the model says, higher = wilder
     top_k: int | None = None,  # draw among the k most probable tokens
-    top_p: float | None = None,  # draw among the most probable tokens that hold this much probability
-    stop_id: int | None = None,  # stop at this token, usually `<|endoftext|>`; it is not returned
+    top_p: float | None = None,  # draw among the tokens that hold this much probability
+    stop_id: int | None = None,  # stop at this token, usually `<|endoftext|>`
     seed: int = 0,  # row r draws from a generator seeded with seed + r
-) -> list[int] | list[list[int]]:  # the new ids: one list for one prompt, a list of lists for a batch
-    """Continue one prompt or a batch of prompts.
+) -> list[int] | list[list[int]]:  # the new ids, without stop_id; or such lists
+    """Continue one prompt or a batch of prompts of any lengths.
 
-    Raises `InputError` for an empty prompt, an id outside the vocabulary, or a setting out of range."""
+    Raises `InputError` for a value out of range, or an id that the model lacks."""
     single = len(prompt_ids) > 0 and not isinstance(prompt_ids[0], Sequence)
     prompts = cast("Sequence[Sequence[int]]", [prompt_ids] if single else prompt_ids)
-    _check_choice(max_new_tokens, temperature, top_k, top_p, seed)
-    _check_prompts(prompts, model.config.vocab_size)
     new: list[list[int]] = [[] for _ in prompts]
-    for row, i in _decode(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_id, seed):
+    choice = (temperature, top_k, top_p, stop_id, seed)
+    for row, i in _tokens(model, prompts, max_new_tokens, *choice):
         new[row].append(i)
     return new[0] if single else new
 
@@ -419,19 +260,13 @@ def stream(
     model: TransformerLM,
     prompt_ids: Sequence[int],  # one prompt
     max_new_tokens: int,  # the most tokens to write
-    *,
-    temperature: float = 1.0,  # as in `generate`
-    top_k: int | None = None,  # as in `generate`
-    top_p: float | None = None,  # as in `generate`
-    stop_id: int | None = None,  # as in `generate`
-    seed: int = 0,  # as in `generate`
-) -> Iterator[int]:  # the same ids that `generate` returns, each as soon as it is chosen
+    **choice: Any,  # temperature, top_k, top_p, stop_id and seed, as in `generate`
+) -> Iterator[int]:  # the ids that `generate` returns, each as soon as it is chosen
     """Continue one prompt, token by token.
 
     Raises `InputError` as `generate` does, before the first token."""
-    _check_choice(max_new_tokens, temperature, top_k, top_p, seed)
-    _check_prompts([prompt_ids], model.config.vocab_size)
-    return (i for _, i in _decode(model, [prompt_ids], max_new_tokens, temperature, top_k, top_p, stop_id, seed))
+    tokens = _tokens(model, [prompt_ids], max_new_tokens, **choice)
+    return (i for _, i in tokens)
 
 # %% ../nbs/07_generate.ipynb #c14c9144
 def stream_text(
@@ -440,7 +275,7 @@ def stream_text(
 ) -> Iterator[str]:  # pieces of text, each one whole characters
     """Turn a stream of token ids into text, never cutting a character.
 
-    Bytes that are no UTF-8, and ids that the tokenizer lacks, become U+FFFD, as in `Tokenizer.decode`."""
+    Bytes that are no UTF-8, and ids that the tokenizer lacks, become U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for i in ids:
         if piece := decoder.decode(tokenizer.vocab.get(i, b"\xff")):

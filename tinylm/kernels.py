@@ -1688,7 +1688,7 @@ def _attend(q, keys, values, length):
 
 
 @_loops
-def _layer(x, position, keys, values, ln1, eps1, wq, wk, wv, wo, ln2, eps2, w1, w2, w3, cos, sin):
+def _layer(x, position, keys, values, ln1, wq, wk, wv, wo, ln2, w1, w2, w3, cos, sin, eps1, eps2):
     """Update the residual streams (B, D) of the tokens at `position`; their keys and values go into the caches."""
     y = _rms_norm(x, ln1, eps1)
     q, k, v = _product(wq, y), _product(wk, y), _product(wv, y)
@@ -1712,15 +1712,15 @@ class TokenReader:
 
     def __init__(
         self,
-        embeddings: np.ndarray,  # (V, D), like all weights float32
-        layers: Sequence[tuple],  # of each layer: gain, eps, q, k, v, output, gain, eps, w1, w2, w3, cosines, sines
+        layers: Sequence[tuple],  # of each: a block's parameters in their order, RoPE's tables, the eps of both norms
         memory: Sequence[tuple[np.ndarray, np.ndarray]],  # of each layer: keys and values, (B, H, capacity, K)
+        embeddings: np.ndarray,  # (V, D), like all weights float32
+        head: np.ndarray,  # (V, D)
         gain: np.ndarray,  # (D), of the last norm
         eps: float,  # of the last norm
-        head: np.ndarray,  # (V, D)
     ):
-        self.embeddings, self.layers, self.memory = embeddings, layers, memory
-        self.gain, self.eps, self.head = gain, eps, head
+        self.layers, self.memory, self.embeddings, self.head = layers, memory, embeddings, head
+        self.gain, self.eps = gain, eps
         self.threads = ThreadPoolExecutor()
 
     def _read(self, x: np.ndarray, texts: slice, position: int) -> np.ndarray:

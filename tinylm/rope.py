@@ -72,10 +72,10 @@ class RotaryPositionalEmbedding(nn.Module):
             rows = token_positions.flatten()
             cos = self.cos.index_select(0, rows).view(shape)
             sin = self.sin.index_select(0, rows).view(shape)
-        steps = (x.storage_offset(), *x.stride()[:-1])
-        side_by_side = x.stride(-1) == 1 and not any(step % 2 for step in steps)
         wide = x.dtype == cos.dtype and x.element_size() >= 4
-        if fast(x) and x.device.type == "cpu" and wide and side_by_side:
-            pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-            return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+        if fast(x) and x.device.type == "cpu" and wide:
+            steps = (x.storage_offset(), *x.stride()[:-1])
+            if x.stride(-1) == 1 and not any(step % 2 for step in steps):
+                pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+                return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
         return apply_rope(x, cos, sin)
