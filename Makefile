@@ -1,18 +1,18 @@
-# Each target sets up .venv when it is missing. PYTHON=python3.12 picks another Python (3.10 or newer).
+# Each target sets up .venv when it is missing. PYTHON=python3.12 picks another Python (3.11 or newer).
 # PIP_ARGS reaches pip, for example PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 # for the small CPU build of PyTorch on Linux.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lab docs bench ablations references clean
+.PHONY: help demo test book export lab docs bench ablations references clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## / \t/'
 
 .venv/made: 
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "tinylm needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "tinylm needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	@touch $@
 
@@ -27,9 +27,15 @@ help:  ## list the targets
 demo: .venv/run  ## from nothing, the packages included, to a told story in about three minutes
 	$(BIN)/tinylm train
 
-test: export OMP_NUM_THREADS := 1  # two workers, a core each
+test book: export OMP_NUM_THREADS := 1  # two workers, a core each
 test: .venv/dev  ## run every notebook and every test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+book: .venv/dev  ## open three chapters in JupyterLab, and see that the book's own checks find planted faults
+	$(BIN)/python -m pytest -m book
+
+export: .venv/dev  ## write the package from the notebooks
+	$(BIN)/python nbs/_export.py
 
 lab: .venv/dev  ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab nbs

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import sysconfig
 import threading
 import venv
@@ -23,13 +25,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ign
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = re.compile(r"^#\| *(slow|eval: *false)", re.MULTILINE)  # see tst_flags in settings.ini
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
-LONGEST_FIRST = "jupyterlab nbval ablations distributed train packaging tokenizer site cli check kernels faults".split()
-
-
-def pytest_collection_modifyitems(items):
-    "Begin with the files that take longest, so that of two workers none waits long for the other at the end."
-    places = {f"test_{name}": i for i, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="module")  # for no longer: while Playwright's event loop runs, wandb writes nothing
@@ -122,3 +117,21 @@ def runnable_copy(path: Path, folder: Path, counted: bool = False) -> Path:
     copy = folder / path.name
     copy.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
     return copy
+
+
+def nbval(folder: Path) -> str:
+    "Run nbval on the notebooks in a folder, two at a time; returns what it said."
+    # IN_TEST keeps nbdev from exporting; other plugins take seconds to load.
+    env = os.environ | {"IN_TEST": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    options = ["-p", "nbval.plugin", "--nbval-lax", "--nbval-cell-timeout=300", "--nbval-kernel-startup-timeout=120",
+               "-p", "xdist.plugin", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", "-q", "--color=no"]
+    result = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=folder, env=env, capture_output=True,
+                            text=True, encoding="utf-8")
+    return result.stdout + result.stderr
+
+
+def tool(name: str, *arguments: str, cwd: Path = ROOT) -> str:
+    "Run a development tool; returns its complaints."
+    command = [str(Path(sys.executable).parent / name), *arguments]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8")
+    return result.stdout + result.stderr if result.returncode else ""

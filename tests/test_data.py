@@ -402,14 +402,6 @@ def test_a_downloaded_text_is_hashed_once(tmp_path, monkeypatch, config):
 # --- the rest
 
 
-def test_real_tinystories():
-    folder = Path(__file__).parents[2] / "shared" / "data" / "tinystories"
-    if not folder.exists():
-        pytest.skip("no TinyStories sample beside the project (../shared/data/tinystories)")
-    stories = list(read_documents(folder / "valid_v2.txt.gz"))
-    assert len(stories) == 3000 and all(story == story.strip() != "" for story in stories)
-
-
 def test_importing_data_imports_neither_torch_nor_the_compiler():
     code = "import sys, tinylm.data; assert not {'torch', 'huggingface_hub', 'numba'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,57 +1,69 @@
-"""The exercises can be trusted: a check refuses its stub and planted wrong answers, and passes its solution."""
-import inspect
+"""The table of `tinylm.exercises`: each plain answer and the book's own part pass, each planted mistake is named."""
+import ast
 import re
-import types
-from unittest.mock import patch
 
 import pytest
-from conftest import CHAPTERS
 
-import tinylm.answers
-from tinylm.check import PARTS, Wrong, check, stub
+from tinylm.check import Wrong, check, complaint, find, part_names, stub
+from tinylm.core import InputError
+from tinylm.exercises import PARTS
 
-EXERCISES = {name: part for name, part in PARTS.items() if part.reference.__module__ == "tinylm.answers"}
-
-
-@pytest.fixture(scope="module")
-def reader():
-    "The answers, right and wrong, as of a reader: the same text in a file that is none of the book's."
-    module = types.ModuleType("reader")
-    module.__package__ = "tinylm"  # whose modules it imports
-    with patch.dict(PARTS):
-        exec(compile(inspect.getsource(tinylm.answers), "reader.py", "exec"), vars(module))
-        module.wrong = {name: PARTS[name].mistakes for name in EXERCISES}
-    return module
+MISTAKES = [(name, words) for name, part in PARTS.items() for words in part.mistakes]
 
 
-@pytest.mark.parametrize("name", EXERCISES)
-def test_check(name, reader):
-    check(name, getattr(reader, name))
-    space = dict(vars(reader))
-    exec(stub(name), space)
-    with pytest.raises(Wrong, match="still a stub"):
-        check(space[name])
-    assert len(reader.wrong[name]) >= 2
-    for words, wrong in reader.wrong[name].items():
-        with pytest.raises(Wrong, match=f"\n  likely mistake: {re.escape(words)}(\n|$)"):
-            check(name, wrong)
+@pytest.mark.parametrize("name", PARTS)
+def test_the_plain_answer_and_the_books_own_part_pass(name, capsys):
+    check(name, PARTS[name].answer)
+    check(name, PARTS[name].book)
+    assert capsys.readouterr().out == f"{name}: agrees with the book's in all {len(PARTS[name].cases)} cases\n" * 2
 
 
-@pytest.mark.parametrize("name", EXERCISES)
-def test_the_books_answer_is_no_answer(name):
-    with pytest.raises(Wrong, match=rf"the answer runs the book's own code \(.*\b{name}\b.*\)"):
-        check(name, lambda *inputs: EXERCISES[name].reference(*inputs))
+@pytest.mark.parametrize("name, words", MISTAKES)
+def test_a_planted_mistake_is_named(name, words):
+    said = complaint(name, PARTS[name].wrong(words))
+    assert re.match(rf"{name} differs in case \d+ of \d+, .+:\n  \S", said)
+    assert re.findall("likely mistake: (.*)", said)[:1] == [words], said
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_chapter_tells_of_its_checked_exercises(path):
-    text = path.read_text(encoding="utf-8").partition("## Exercises")[2]
-    names = [name for name, part in PARTS.items() if part.chapter == path.stem]
-    assert names or path.stem == "12_answers", "no exercise with stub, solution and check"
-    asked = re.findall(r"check\((?:\\?\"\w+\\?\", )?(\w+)\)", text)
-    assert set(asked) & set(names) or path.stem == "12_answers", f"the exercises name none of {names}"
-    for name, part in EXERCISES.items():
-        assert part.chapter != path.stem or name in asked, f"the exercises do not name check({name})"
-    told = re.findall(r"`tinylm check (\w+)=", text)
-    assert set(told) <= set(PARTS), f"{told} are not all names that the command knows"
-    assert set(told) & set(names) or path.stem == "12_answers", f"no `tinylm check NAME=my.py` with one of {names}"
+def test_the_table_is_in_the_order_of_the_chapters_and_holds_the_books_parts():
+    chapters = [part.chapter for part in PARTS.values()]
+    order = list(dict.fromkeys(chapters))
+    assert chapters == sorted(chapters, key=order.index) and order == sorted(order, key=lambda c: (c[:2], c))
+    assert all(len(part.mistakes) >= 4 for part in PARTS.values())
+    own = [name for name, part in PARTS.items() if part.book is not part.answer]
+    assert own == ["Tokenizer", "train_bpe", "Linear", "Embedding", "RMSNorm", "SwiGLU", "softmax", "RoPE", "attention",
+                   "cross_entropy", "cosine_lr", "clip_grad_norm", "AdamW"]
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("body", ["raise NotImplementedError", "pass", "return None"])
+def test_a_stub_and_an_empty_body_are_told_to_be_filled_in(name, body):
+    space = {}
+    exec(compile(stub(name).replace("raise NotImplementedError", body), "my.py", "exec"), space)
+    said = complaint(name, space[PARTS[name].answer.__name__])
+    sign = "it is still a stub" if body.startswith("raise") else r"fill(ed)? in|super\(\).__init__\(\)"
+    assert re.search(sign, said), said
+
+
+def test_several_stubs_are_one_file_with_all_that_it_needs():
+    text = stub(*part_names())
+    exec(compile(text, "all.py", "exec"), {})
+    assert text.count("import torch\n") == 1 and "    @torch.no_grad()\n    def step" in text
+    assert {"from tinylm.ablations import t_quantile", "from tinylm.rope import apply_rope", "import regex"} <= set(
+        text.splitlines())
+    tree = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert len(tree) == len(PARTS) and all(ast.get_docstring(node) for node in tree.values())
+    assert "def _merge" not in text and "1e-6" in ast.get_docstring(tree["clip_grad_norm"])
+
+
+def test_parts_are_found_by_both_names_and_near_ones_are_suggested():
+    assert find("attention") == find("scaled_dot_product_attention")
+    for typed, meant in {"rmsnorm": "RMSNorm", "crossentropy": "cross_entropy", "SwiGlu": "SwiGLU"}.items():
+        with pytest.raises(InputError, match=f"did you mean {meant}"):
+            check(typed, len)
+    for wrong in (lambda: check("zzzzzz", len), lambda: stub(), lambda: stub("zzzzzz"), lambda: check(3)):
+        with pytest.raises(InputError, match="here are: equal_weights, longest_match, Tokenizer") as caught:
+            wrong()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(Wrong, match="expected a function or class, got 3"):
+        check("softmax", 3)

@@ -1,4 +1,4 @@
-"""What chapter 04 has no room for: odd inputs, groups, saved state, gradients of gradients' formulas."""
+"""What chapter 04 has no room for: odd inputs, groups, saved state, and the twins beside what is taught."""
 import copy
 import math
 
@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from tinylm.optim import AdamW, _adamw_update, _cross_entropy_plain, clip_grad_norm, cosine_lr, cross_entropy
+from tinylm import core
+from tinylm.model import ModelConfig, TransformerLM
+from tinylm.optim import AdamW, clip_grad_norm, cosine_lr, cross_entropy
 
 
 def parameters(seed=0):
@@ -41,11 +43,13 @@ def test_cross_entropy_of_extreme_logits_is_finite_and_right(scale):
 @pytest.mark.parametrize("view", [
     lambda t: t[:, 3:], lambda t: t.transpose(0, 1), lambda t: t[..., ::2], lambda t: t[0, 0], lambda t: t,
 ], ids=["later", "turned", "every other", "one row", "whole"])
-def test_cross_entropy_takes_any_layout_and_many_blocks(view):
+def test_cross_entropy_takes_any_layout_and_many_blocks(monkeypatch, view):
     "3 x 100 x 2000 numbers are several blocks; gradients are compared where the view puts them."
     leaf = torch.randn(3, 100, 2000, requires_grad=True)
     targets = torch.randint(1000, view(leaf).shape[:-1])
-    ours, theirs = (f(view(leaf), targets) for f in (cross_entropy, _cross_entropy_plain))
+    ours = cross_entropy(view(leaf), targets)
+    monkeypatch.setattr(core, "FAST", False)
+    theirs = cross_entropy(view(leaf), targets)
     assert_close(ours, theirs)
     assert_close(*(torch.autograd.grad(3 * loss, leaf)[0] for loss in (ours, theirs)), atol=1e-8, rtol=1e-4)
 
@@ -149,16 +153,27 @@ def test_adamw_takes_what_its_loop_cannot(kind):
     assert_close(pairs[0][0], pairs[1][0], atol=1e-6 if kind != "bfloat16" else 2e-2, rtol=1e-6)
 
 
-def test_adamw_loop_equals_the_lists_in_64_bits():
-    params, lists = ([p.detach().double() for p in parameters()] for _ in range(2))
-    ms, vs = ([torch.zeros_like(p) for p in lists] for _ in range(2))
-    leaves = [torch.nn.Parameter(p) for p in params]
-    optimizer = AdamW(leaves, lr=0.01, weight_decay=0.1)
-    for step in range(1, 6):
-        give_gradients(leaves, step)
+def train_a_little(monkeypatch, is_fast, steps=5):
+    "Losses and parameters of a few steps, with the twins or as it is taught."
+    monkeypatch.setattr(core, "FAST", is_fast)
+    config = ModelConfig(vocab_size=61, context_length=24, d_model=32, num_layers=2, num_heads=4, d_ff=72)
+    model, losses = TransformerLM(config).double(), []
+    optimizer = AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    for step in range(steps):
+        ids = torch.randint(61, (3, 25), generator=torch.Generator().manual_seed(step))
+        loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        clip_grad_norm(model.parameters(), 1.0)
         optimizer.step()
-        _adamw_update(lists, [p.grad for p in leaves], ms, vs, [step] * 3, optimizer.param_groups[0])
-    assert_close([p.detach() for p in leaves], lists, atol=1e-14, rtol=1e-12)
+        losses.append(loss.item())
+    return losses, [p.detach() for p in model.parameters()]
+
+
+def test_training_as_taught_equals_training_by_the_twins(monkeypatch):
+    ours, taught = train_a_little(monkeypatch, True), train_a_little(monkeypatch, False)
+    assert_close(ours, taught, rtol=1e-8, atol=1e-9)
+    assert ours[0] != taught[0]  # other roundings: they are two programs
 
 
 def test_adamw_tells_autograd_that_the_weights_have_changed():
@@ -178,7 +193,12 @@ def test_adamw_goes_on_from_its_state_dict():
         optimizer.step()
     copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
     other = AdamW(copies)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = optimizer.state_dict()
+    other.load_state_dict(copy.deepcopy(before))
+    after = other.state_dict()
+    assert after["param_groups"] == before["param_groups"] and type(after["param_groups"][0]["betas"]) is tuple
+    kinds = {"step": int, "m": torch.Tensor, "v": torch.Tensor}
+    assert {name: type(value) for name, value in after["state"][0].items()} == kinds
     for optimizer_, params_ in ((optimizer, params), (other, copies)):
         give_gradients(params_, 5)
         optimizer_.step()

@@ -27,8 +27,6 @@ def write_fables(path, num_stories, seed):
 
 def tiny_config(folder):
     "A tiny config whose data are prepared in a folder."
-    from tinylm.train import TrainConfig
-
     config = TrainConfig(
         vocab_size=400, context_length=32, d_model=16, num_layers=1, num_heads=2, d_ff=32,
         corpus=write_fables(folder / "train.txt", 300, 0), val_corpus=write_fables(folder / "valid.txt", 20, 1),

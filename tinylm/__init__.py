@@ -5,4 +5,4 @@ In the order of the chapters: `data`, `tokenizer`, `layers`, `rope`, `model`, `o
 `train.train`, `train.load_run` and `generate.generate`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

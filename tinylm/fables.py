@@ -6,7 +6,7 @@
 __all__ = ['Grammar', 'TEXT', 'read_rules', 'Step', 'Rule', 'compile_grammar', 'tell', 'entropy', 'Choice', 'parse', 'fables',
            'fable_logprob']
 
-# %% ../nbs/appendix_fables.ipynb #840352dc
+# %% ../nbs/appendix_fables.ipynb #c599af2e
 import re
 from bisect import bisect
 from collections.abc import Callable, Iterator
@@ -19,16 +19,17 @@ from typing import NamedTuple
 
 from .core import InputError
 
-# %% ../nbs/appendix_fables.ipynb #a693c473
-_RULE = re.compile(r"(\w+)(?: \((.+)\))?:(.*)")  # name (attributes of all options): options
-_OPTION = re.compile(r"(?:(\d+) )?([^|]+?)((?: \| .+)?)")  # weight words | attribute=value
+# %% ../nbs/appendix_fables.ipynb #59e0f487
+_RULE = re.compile(r"(\w+)(?: \((.+)\))?:(.*)")  # name (attributes of all): options
+_OPTION = re.compile(r"(?:(\d+) )?([^|]+?)((?: \| .+)?)")  # weight words | key=value
+_Options = list[tuple[int, str, dict[str, str]]]  # weight, words, attributes
 
 
 def read_rules(
     text: str,  # a grammar in our notation
-) -> dict[str, list[tuple[int, str, dict[str, str]]]]:  # rule -> weight, words, attributes
+) -> dict[str, _Options]:  # rule -> weight, words and attributes of each option
     """Read the notation, without looking inside the options."""
-    rules: dict[str, list[tuple[int, str, dict[str, str]]]] = {}
+    rules: dict[str, _Options] = {}
     for line in text.replace("\n    ", " ").split("\n"):
         if start := _RULE.fullmatch(line):
             name, shared, inline = start.groups()
@@ -38,19 +39,21 @@ def read_rules(
         else:
             items = [line] if line else []
         for item in items:
-            weight, words, own = _OPTION.fullmatch(item.strip()).groups()  # type: ignore
+            option = _OPTION.fullmatch(item.strip())
+            assert option, f"no option: {item}"
+            weight, words, own = option.groups()
             pairs = dict(pair.split("=", 1) for pair in common + own.split(" | ")[1:])
             options.append((int(weight or 1), words, pairs))
     return rules
 
-# %% ../nbs/appendix_fables.ipynb #72aa16f6
+# %% ../nbs/appendix_fables.ipynb #aef57701
 class Step(NamedTuple):
     """One step of telling an option."""
 
     kind: str  # "say", "recall", "choose" or "tell"
-    what: str  # the words to say, the name to recall, or the rule to choose from or to tell
+    what: str  # words to say, a name to recall, a rule to choose from or to tell
     name: str = ""  # of a choice: the name under which it is remembered
-    words: tuple[tuple[str, dict[str, str]], ...] = ()  # of a choice: words, and their notes
+    words: tuple[tuple[str, dict[str, str]], ...] = ()  # of a choice: words and notes
 
 
 _MARK = re.compile(r"<(?:(\w+):)?(\w+)>|\{([\w.]+)\}")  # <name:rule>, <rule> or {name}
@@ -76,13 +79,13 @@ def _steps(option: str, rules: dict) -> tuple[Step, ...]:
         else:
             name, words = variable.lower(), []
             for _, word, own in rules[rule]:
-                notes = {name: word} | {f"{name}.{key}": value for key, value in own.items()}
-                notes |= {_capital(key): _capital(value) for key, value in notes.items()}
+                notes = {name: word} | {f"{name}.{k}": v for k, v in own.items()}
+                notes |= {_capital(k): _capital(v) for k, v in notes.items()}
                 words.append((word if variable == name else _capital(word), notes))
             steps.append(Step("choose", rule, name, tuple(words)))
     return tuple(s for s in [*steps, Step("say", option[at:])] if s.what)
 
-# %% ../nbs/appendix_fables.ipynb #59b38423
+# %% ../nbs/appendix_fables.ipynb #41c83346
 class Rule(NamedTuple):
     """A rule that can be sampled and parsed."""
 
@@ -99,7 +102,7 @@ TEXT = files("tinylm").joinpath("fables.txt").read_text(encoding="utf-8")  # the
 def compile_grammar(
     text: str = TEXT,  # a grammar in our notation, whose first rule to tell is `story`
 ) -> Grammar:
-    """Turn the notation into a grammar that can be sampled and parsed; ¶ begins a paragraph."""
+    """Turn the notation into a grammar; ¶ begins a paragraph."""
     rules, grammar = read_rules(text), {}
     for name, options in rules.items():
         weights = [weight for weight, _, _ in options]
@@ -107,11 +110,11 @@ def compile_grammar(
         grammar[name] = Rule(
             [part / total for part in accumulate(weights)],
             [log(total / weight) for weight in weights],
-            [_steps(re.sub(r"\s*¶\s*", "\n\n", words), rules) for _, words, _ in options],
+            [_steps(re.sub(r"\s*¶\s*", "\n\n", text), rules) for _, text, _ in options],
         )
     return grammar
 
-# %% ../nbs/appendix_fables.ipynb #e1c19b79
+# %% ../nbs/appendix_fables.ipynb #22dc9f09
 def tell(
     grammar: Grammar,  # what to tell
     random: Callable[[], float],  # draws a number between 0 and 1
@@ -122,43 +125,44 @@ def tell(
     todo = [Step("tell", "story")]  # the next step is the last
     nats = 0.0
     while todo:
-        step = todo.pop()
-        if step.kind == "say":
-            said.append(step.what)
-        elif step.kind == "recall":
-            said.append(memory[step.what])
+        kind, what, _, words = todo.pop()
+        if kind == "say":
+            said.append(what)
+        elif kind == "recall":
+            said.append(memory[what])
         else:
-            rule = grammar[step.what]
+            rule = grammar[what]
             pick = bisect(rule.cumulative, random())
             nats += rule.nats[pick]
-            if step.kind == "tell":
+            if kind == "tell":
                 todo += reversed(rule.options[pick])
             else:
-                word, notes = step.words[pick]
+                word, notes = words[pick]
                 said.append(word)
                 memory.update(notes)
     return "".join(said), -nats
 
-# %% ../nbs/appendix_fables.ipynb #7f9444cb
+# %% ../nbs/appendix_fables.ipynb #6a8d8285
 def entropy(
     grammar: Grammar | None = None,  # None: the Fables
     rule: str = "story",  # what is told
 ) -> float:  # nats
-    """Compute the exact entropy of what a rule tells, the mean surprise of a perfect reader."""
+    """Compute the exact entropy of what a rule tells."""
     grammar = grammar or compile_grammar()
     total, before = 0.0, 0.0
     for after, nats, steps in zip(*grammar[rule], strict=True):
-        inside = sum(entropy(grammar, s.what) for s in steps if s.kind in ("choose", "tell"))
+        rules = [step.what for step in steps if step.kind in ("choose", "tell")]
+        inside = sum(entropy(grammar, name) for name in rules)
         total += (after - before) * (nats + inside)
         before = after
     return total
 
-# %% ../nbs/appendix_fables.ipynb #c3b20b6c
+# %% ../nbs/appendix_fables.ipynb #a8e74d6d
 class Choice(NamedTuple):
     """One choice of a story, or one word that repeats an earlier choice."""
 
     start: int  # where in the story it was made
-    end: int  # where the chosen word ends; the start again when a whole phrase was chosen
+    end: int  # where the chosen word ends; the start again for a whole phrase
     name: str  # the rule that was told, or the name that was remembered or recalled
     nats: float  # -ln(probability); 0 for a recalled word
 
@@ -167,7 +171,7 @@ def parse(
     story: str,  # one story, without END_OF_TEXT
     grammar: Grammar | None = None,  # None: the Fables
 ) -> Iterator[list[Choice]]:  # each way to derive it: its choices in reading order
-    """Find every way in which a grammar can tell a story; there is none for other texts."""
+    """Find every way in which a grammar can tell a story."""
     grammar = grammar or compile_grammar()
     branches: list[tuple] = [(0, {}, (Step("tell", "story"),), ())]
     while branches:
@@ -182,7 +186,8 @@ def parse(
                 choice = Choice(at, at, step.what, nats)
                 branches.append((at, memory, steps + rest, (*made, choice)))
         elif step.kind == "choose":
-            for nats, (word, notes) in zip(grammar[step.what].nats, step.words, strict=True):
+            options = zip(grammar[step.what].nats, step.words, strict=True)
+            for nats, (word, notes) in options:
                 if story.startswith(word, at):
                     choice = Choice(at, at + len(word), step.name, nats)
                     branches.append((choice.end, memory | notes, rest, (*made, choice)))
@@ -193,7 +198,7 @@ def parse(
         elif story.startswith(step.what, at):
             branches.append((at + len(step.what), memory, rest, made))
 
-# %% ../nbs/appendix_fables.ipynb #aa9ebb64
+# %% ../nbs/appendix_fables.ipynb #ae5d9782
 def fables(
     num_stories: int,  # how many stories
     seed: int,  # the same seed gives the same stories everywhere
@@ -204,7 +209,7 @@ def fables(
     for _ in range(num_stories):
         yield tell(grammar or compile_grammar(), random)[0]
 
-# %% ../nbs/appendix_fables.ipynb #4567008d
+# %% ../nbs/appendix_fables.ipynb #965e0cdd
 def fable_logprob(
     story: str,  # one story, without END_OF_TEXT
     grammar: Grammar | None = None,  # the grammar that told it; None: the Fables
@@ -214,4 +219,5 @@ def fable_logprob(
     Raises `InputError` if the grammar cannot tell it."""
     for choices in parse(story, grammar):
         return -sum((choice.nats for choice in choices), 0.0)
-    raise InputError(f"{story[:40]!r}...: not a Fables story; expected one as tinylm.fables tells it")
+    raise InputError(f"{story[:40]!r}...: not a Fables story; expected one as "
+                     "tinylm.fables tells it")

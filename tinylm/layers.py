@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .core import fast
+
 # %% ../nbs/01_layers.ipynb #e22a064c
 class Linear(nn.Module):
-    "Multiply the last axis by a learned matrix, without a bias."
+    """Multiply the last axis by a learned matrix, without a bias."""
 
     def __init__(
         self,
@@ -26,17 +28,17 @@ class Linear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        "Draw the weight from N(0, 2 / (d_in + d_out)), cut off at 3 standard deviations."
+        """Draw from N(0, 2 / (d_in + d_out)), cut off at 3 standard deviations."""
         std = math.sqrt(2 / sum(self.weight.shape))
-        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+        nn.init.trunc_normal_(self.weight, 0.0, std, -3 * std, 3 * std, generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        "Map x (..., d_in) to (..., d_out)."
+        """Map x (..., d_in) to (..., d_out)."""
         return x @ self.weight.T
 
 # %% ../nbs/01_layers.ipynb #63b64242
 class Embedding(nn.Module):
-    "Look up one learned vector for each token id."
+    """Look up one learned vector for each token id."""
 
     def __init__(
         self,
@@ -48,18 +50,13 @@ class Embedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        "Draw the table from N(0, 1), cut off at 3 standard deviations."
-        nn.init.trunc_normal_(self.weight, std=1.0, a=-3.0, b=3.0, generator=generator)
+        """Draw from N(0, 1), cut off at 3 standard deviations."""
+        nn.init.trunc_normal_(self.weight, 0.0, 1.0, -3.0, 3.0, generator)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        "Map integer ids (...) to vectors (..., D)."
+        """Map integer ids (...) to vectors (..., D)."""
         rows = self.weight.index_select(0, token_ids.flatten())
         return rows.view(*token_ids.shape, -1)
-
-# %% ../nbs/01_layers.ipynb #a15797a3
-def _wide(x: Tensor) -> Tensor:
-    "Return x in 32 bits if it has fewer."
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 # %% ../nbs/01_layers.ipynb #2c231464
 def rms_norm(
@@ -67,19 +64,18 @@ def rms_norm(
     weight: Tensor,  # (D), one gain per feature
     eps: float = 1e-5,  # keeps the root away from zero
 ) -> Tensor:  # (..., D), the dtype of x
-    "Scale each vector to a root mean square of one, then multiply by the gains (Zhang and Sennrich 2019)."
-    y = _wide(x)
+    """Give each vector a root mean square of one, then the gains (arXiv:1910.07467)."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))  # at least 32 bits
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * weight).to(x.dtype)
 
 # %% ../nbs/01_layers.ipynb #201a7ba9
 class _RMSNormByHand(torch.autograd.Function):
-    "Compute `rms_norm`, with its gradient from the equation."
+    """Compute `rms_norm`, with its gradient from the equation; keep x, gains and r."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        "Keep x, the gains, and the factor r of each vector."
-        wide = _wide(x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         r = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
@@ -88,22 +84,16 @@ class _RMSNormByHand(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, delta: Tensor) -> tuple[Tensor, Tensor, None]:
-        "Give the gradients of x and of the gains."
         x, weight, r = ctx.saved_tensors
-        n, u = _wide(x) * r, _wide(delta) * weight
+        n, u = x.to(r.dtype) * r, delta.to(r.dtype) * weight
         along = (u * n).mean(-1, keepdim=True)
         dx = u.addcmul_(n, along, value=-1).mul_(r)
         gains = n.mul_(delta).reshape(-1, x.shape[-1]).sum(0)
         return dx.to(x.dtype), gains.to(weight.dtype), None
 
-# %% ../nbs/01_layers.ipynb #faf8ebaa
-def _by_hand() -> bool:
-    "Say whether a backward pass written by hand pays: gradients are wanted, and no compiler is at work."
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
 # %% ../nbs/01_layers.ipynb #89b5b7c4
 class RMSNorm(nn.Module):
-    "Normalize the last axis by its root mean square."
+    """Normalize the last axis by its root mean square."""
 
     def __init__(
         self,
@@ -116,20 +106,21 @@ class RMSNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        "Set every gain to one; nothing is drawn."
+        """Set every gain to one; nothing is drawn."""
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        "Map x (..., D) to (..., D)."
-        normalize = _RMSNormByHand.apply if _by_hand() else rms_norm
+        """Map x (..., D) to (..., D)."""
+        by_hand = torch.is_grad_enabled() and fast(x)  # keeps less for backward
+        normalize = _RMSNormByHand.apply if by_hand else rms_norm
         return normalize(x, self.weight, self.eps)
 
 # %% ../nbs/01_layers.ipynb #b69b70d9
 def softmax(
     x: Tensor,  # scores, any shape
-    dim: int,  # the axis that shall sum to one
+    dim: int,  # the axis that is to sum to one
 ) -> Tensor:  # the shape of x
-    "Turn scores into positive weights that sum to one along `dim`."
+    """Turn scores into positive weights that sum to one along `dim`."""
     e = torch.exp(x - x.amax(dim, keepdim=True).detach())
     return e / e.sum(dim, keepdim=True)
 
@@ -137,12 +128,12 @@ def softmax(
 def silu(
     x: Tensor,  # any shape
 ) -> Tensor:  # the shape of x
-    "Multiply x by its own sigmoid (Elfwing et al. 2017)."
+    """Multiply x by its own sigmoid (Elfwing et al. 2017)."""
     return x * torch.sigmoid(x)
 
 # %% ../nbs/01_layers.ipynb #64a27f6a
 class SiLUFeedForward(nn.Module):
-    "Feed-forward network without a gate: w2(silu(w1 x))."
+    """Feed-forward network without a gate: w2(silu(w1 x))."""
 
     def __init__(
         self,
@@ -154,23 +145,21 @@ class SiLUFeedForward(nn.Module):
         self.w2 = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        "Map x (..., D) to (..., D)."
+        """Map x (..., D) to (..., D)."""
         return self.w2(silu(self.w1(x)))
 
 # %% ../nbs/01_layers.ipynb #9fc4f681
 class _GateByHand(torch.autograd.Function):
-    "Compute `silu(a) * b`, with its gradient from the equations."
+    """Compute `silu(a) * b`, with its gradient from the equations; keep a and b."""
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
-        "Keep a and b, nothing else."
         ctx.save_for_backward(a, b)
         return torch.sigmoid(a).mul_(a).mul_(b)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, delta: Tensor) -> tuple[Tensor, Tensor]:
-        "Give the gradients of a and b."
         a, b = ctx.saved_tensors
         s = torch.sigmoid(a)
         h = a * s
@@ -180,7 +169,7 @@ class _GateByHand(torch.autograd.Function):
 
 # %% ../nbs/01_layers.ipynb #c1b582cb
 class SwiGLU(nn.Module):
-    "Gated feed-forward network: w2(silu(w1 x) * w3 x) (Shazeer 2020)."
+    """Gated feed-forward network: w2(silu(w1 x) * w3 x) (Shazeer 2020)."""
 
     def __init__(
         self,
@@ -193,6 +182,7 @@ class SwiGLU(nn.Module):
         self.w3 = Linear(d_model, d_ff)
 
     def forward(self, x: Tensor) -> Tensor:
-        "Map x (..., D) to (..., D)."
+        """Map x (..., D) to (..., D)."""
         a, b = self.w1(x), self.w3(x)
-        return self.w2(_GateByHand.apply(a, b) if _by_hand() else silu(a) * b)
+        by_hand = torch.is_grad_enabled() and fast(x)  # keeps half for backward
+        return self.w2(_GateByHand.apply(a, b) if by_hand else silu(a) * b)

@@ -4,30 +4,31 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'parameter_table', 'num_parameters', 'causal_mask', 'attention_weights', 'scaled_dot_product_attention',
-           'LayerCache', 'MultiHeadSelfAttention', 'TransformerBlock', 'TransformerLM', 'flops_per_token',
+           'causal_attention', 'MultiHeadSelfAttention', 'TransformerBlock', 'TransformerLM', 'flops_per_token',
            'memory_table']
 
 # %% ../nbs/03_model.ipynb #c84fd1fc
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import UnionType
-from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import InputError
+from . import core
+from .core import InputError
 from .layers import Embedding, Linear, RMSNorm, SiLUFeedForward, SwiGLU, softmax
 from .rope import RotaryPositionalEmbedding
 
 # %% ../nbs/03_model.ipynb #5ed033f4
 @dataclass(frozen=True)
 class ModelConfig:
-    "Describe a TransformerLM; the defaults are the reference preset of 22.7 million parameters."
+    """Describe a TransformerLM; the defaults are the reference preset.
+
+    Raises InputError for a shape that cannot be built."""
 
     vocab_size: int = 10_000  # number of token ids
     context_length: int = 256  # longest sequence that the model reads, in tokens
@@ -36,57 +37,30 @@ class ModelConfig:
     num_heads: int = 16  # attention heads per block; divides d_model
     d_ff: int = 1344  # hidden width of the feed-forward network
     rope_theta: float = 10_000.0  # base of the RoPE frequencies
-    norm: Literal["pre", "post", "none"] = "pre"  # where RMSNorm stands: before each part, after it, or nowhere
+    norm: Literal["pre", "post", "none"] = "pre"  # RMSNorm before parts, after, nowhere
     use_rope: bool = True  # rotary positions; without them the model is "NoPE"
-    ffn: Literal["swiglu", "silu"] = "swiglu"  # feed-forward network, with a gate or without
+    ffn: Literal["swiglu", "silu"] = "swiglu"  # feed-forward network with a gate or not
 
     def __post_init__(self) -> None:
-        "Refuse shapes that cannot be built, with an InputError."
-        _convert_fields(self)
-        _check_config(self)
-
-# %% ../nbs/03_model.ipynb #a52c6641
-_TAKES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
-
-def _convert(name: str, value: Any, kind: type) -> Any:
-    "Turn a value into the type of a field where nothing is lost by that: 8.0 into 8, a Path into text."
-    try:
-        new = os.fspath(value) if kind is str else kind(value)
-        if isinstance(value, os.PathLike) or new == value:
-            return new
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise InputError(f"{name} is {value!r}; expected {_TAKES[kind]}")
-
-def _convert_fields(config: ModelConfig) -> None:
-    "Give each field that is a number, a text or a truth value the type that it is declared with."
-    for name, hint in get_type_hints(type(config)).items():
-        value, kinds = getattr(config, name), get_args(hint) if get_origin(hint) is UnionType else (hint,)
-        if kinds[0] in _TAKES and type(value) is not kinds[0] and not (value is None and len(kinds) > 1):
-            object.__setattr__(config, name, _convert(name, value, kinds[0]))
-
-# %% ../nbs/03_model.ipynb #b68fecfe
-def _check_config(config: ModelConfig) -> None:
-    "Raise InputError for the first field that does not fit."
-    for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name} must be at least 1, not {getattr(config, name)}")
-    if not (math.isfinite(config.rope_theta) and config.rope_theta > 0):
-        raise InputError(f"rope_theta must be a positive number, not {config.rope_theta}")
-    for name, choices in (("norm", ("pre", "post", "none")), ("ffn", ("swiglu", "silu"))):
-        if getattr(config, name) not in choices:
-            raise InputError(f"{name} must be one of {', '.join(choices)}, not {getattr(config, name)!r}")
-    if config.d_model % config.num_heads:
-        raise InputError(f"d_model {config.d_model} must be a multiple of num_heads {config.num_heads}")
-    head_size = config.d_model // config.num_heads
-    if config.use_rope and head_size % 2:
-        raise InputError(f"head size d_model / num_heads = {head_size} must be even for RoPE; change one of them")
+        sizes = ("vocab_size", "context_length", "d_model", "num_layers", "num_heads")
+        for name in (*sizes, "d_ff", "rope_theta"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise InputError(f"{name} is {value}; expected more than 0")
+        choices = {"norm": ("pre", "post", "none"), "ffn": ("swiglu", "silu")}
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise InputError(f"{name} is {value!r}; expected one of {allowed}")
+        size, rest = divmod(self.d_model, self.num_heads)
+        if rest:
+            raise InputError(f"d_model is no multiple of num_heads {self.num_heads}")
+        if self.use_rope and size % 2:
+            raise InputError(f"head size d_model / num_heads is {size}, odd for RoPE")
 
 # %% ../nbs/03_model.ipynb #1d11ee86
 def parameter_table(
     config: ModelConfig,  # sizes and switches
 ) -> dict[str, int]:  # number of parameters by part of the model
-    "Count the parameters of a TransformerLM by formula, part by part."
+    """Count the parameters of a TransformerLM by formula, part by part."""
     d, layers = config.d_model, config.num_layers
     matrices = 3 if config.ffn == "swiglu" else 2
     norms = 0 if config.norm == "none" else 2 * layers + 1
@@ -102,16 +76,16 @@ def parameter_table(
 def num_parameters(
     config: ModelConfig,  # sizes and switches
 ) -> int:  # number of parameters
-    "Count the parameters of a TransformerLM by formula, without building it."
+    """Count the parameters of a TransformerLM by formula, without building it."""
     return sum(parameter_table(config).values())
 
 # %% ../nbs/03_model.ipynb #822c7028
 def causal_mask(
     num_queries: int,  # T, the last T positions ask
     num_keys: int | None = None,  # S >= T, all positions so far; None means T
-    device: torch.device | str | None = None,  # where the mask shall live
+    device: torch.device | str | None = None,  # where the mask is to live
 ) -> Tensor:  # (T, S), bool, True = may attend
-    "Let each position attend to itself and to what came before it."
+    """Let each position attend to itself and to what came before it."""
     num_keys = num_queries if num_keys is None else num_keys
     ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
     return ones.tril(num_keys - num_queries)
@@ -121,8 +95,8 @@ def attention_weights(
     q: Tensor,  # (..., T, K), queries
     k: Tensor,  # (..., S, K), keys
     mask: Tensor | None = None,  # (..., T, S), bool, True = may attend
-) -> Tensor:  # (..., T, S), each row sums to one, or is zero where nothing may be attended
-    "Compare every query with every key and turn the scores into weights."
+) -> Tensor:  # (..., T, S), rows of sum one, or zero where nothing may be seen
+    """Compare every query with every key and turn the scores into weights."""
     scores = torch.einsum("...tk,...sk->...ts", q, k) / math.sqrt(q.shape[-1])
     if mask is None:
         return softmax(scores, -1)
@@ -136,51 +110,39 @@ def scaled_dot_product_attention(
     v: Tensor,  # (..., S, K), values
     mask: Tensor | None = None,  # (..., T, S), bool, True = may attend
 ) -> Tensor:  # (..., T, K)
-    "Average the values, weighted by how well their keys fit each query (Vaswani et al. 2017, equation 1)."
+    """Average the values by how well their keys fit each query (arXiv:1706.03762)."""
     return torch.einsum("...ts,...sk->...tk", attention_weights(q, k, mask), v)
 
 # %% ../nbs/03_model.ipynb #4eeb65f2
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    "Attend causally with PyTorch's fused kernel; the T queries are the last of the S positions."
+def causal_attention(
+    q: Tensor,  # (..., T, K), queries of the last T positions
+    k: Tensor,  # (..., S, K), keys of all S positions
+    v: Tensor,  # (..., S, K), their values
+) -> Tensor:  # (..., T, K)
+    """Attend causally, with PyTorch's fused kernel unless `core.FAST` is off."""
     num_queries, num_keys = q.shape[-2], k.shape[-2]
-    if num_queries == num_keys:
+    if core.FAST and num_queries == num_keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    if num_queries == 1:
-        return F.scaled_dot_product_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(num_queries, num_keys, q.device))
-
-# %% ../nbs/03_model.ipynb #654bbb86
-def _split_heads(x: Tensor, num_heads: int) -> Tensor:
-    "Turn (..., T, D) into (..., H, T, K)."
-    return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
-
-# %% ../nbs/03_model.ipynb #afa5b431
-class LayerCache(Protocol):
-    "What attention needs of a cache: it keeps the keys and values of the tokens so far."
-
-    def append(
-        self,
-        k: Tensor,  # (B, H, T, K), keys of the new tokens, already rotated
-        v: Tensor,  # (B, H, T, K), their values
-    ) -> tuple[Tensor, Tensor]:  # keys and values of all tokens so far, (B, H, S, K) each
-        "Add new keys and values and return all of them."
-        ...
+    mask = None if num_queries == 1 else causal_mask(num_queries, num_keys, q.device)
+    if not core.FAST:
+        return scaled_dot_product_attention(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 # %% ../nbs/03_model.ipynb #c7c8919d
 class MultiHeadSelfAttention(nn.Module):
-    "Let every token look back, with several heads side by side (Vaswani et al. 2017, section 3.2.2)."
+    """Let every token look back, with several heads side by side (arXiv:1706.03762)."""
 
     def __init__(
         self,
         d_model: int,  # D, width of input and output
         num_heads: int,  # H, number of heads; divides D
-        rope: RotaryPositionalEmbedding | None = None,  # turns queries and keys; None for no positions
+        rope: RotaryPositionalEmbedding | None = None,  # turns queries and keys
     ):
         super().__init__()
-        if d_model % num_heads:
-            raise InputError(f"d_model {d_model} must be a multiple of num_heads {num_heads}")
-        self.num_heads = num_heads
-        self.q_proj, self.k_proj, self.v_proj = (Linear(d_model, d_model) for _ in range(3))
+        self.head_size = d_model // num_heads
+        self.q_proj = Linear(d_model, d_model)
+        self.k_proj = Linear(d_model, d_model)
+        self.v_proj = Linear(d_model, d_model)
         self.output_proj = Linear(d_model, d_model)
         self.rope = rope
 
@@ -188,9 +150,10 @@ class MultiHeadSelfAttention(nn.Module):
         self,
         x: Tensor,  # (B, T, D)
         token_positions: Tensor | None = None,  # (T) or (B, T); None means 0 .. T-1
-    ) -> tuple[Tensor, Tensor, Tensor]:  # (B, H, T, K) each: queries and keys, both rotated, and values
-        "Make queries, keys and values, split into heads."
-        q, k, v = (_split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (B, H, T, K) each, q and k rotated
+        """Make queries, keys and values, split into heads."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_size)).transpose(-3, -2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope is not None:
             q, k = self.rope(q, token_positions), self.rope(k, token_positions)
         return q, k, v
@@ -199,25 +162,20 @@ class MultiHeadSelfAttention(nn.Module):
         self,
         x: Tensor,  # (B, T, D)
         token_positions: Tensor | None = None,  # (T) or (B, T); None means 0 .. T-1
-        cache: LayerCache | None = None,  # keys and values of the tokens before x
+        cache: Any = None,  # keys and values of the tokens before x, or None
     ) -> Tensor:  # (B, T, D)
-        "Attend causally; with a cache, the tokens of x follow those in the cache."
+        """Attend causally; with a filled cache, token_positions must be given."""
         q, k, v = self.project(x, token_positions)
         if cache is not None:
             k, v = cache.append(k, v)
-            if self.rope is not None and token_positions is None and k.shape[-2] > q.shape[-2]:
-                raise InputError("with a filled cache, give token_positions: the positions of the new tokens")
-        heads = _causal_attention(q, k, v)
+            if self.rope and token_positions is None and k.shape[-2] > q.shape[-2]:
+                raise ValueError("with a filled cache, give token_positions")
+        heads = causal_attention(q, k, v)
         return self.output_proj(heads.transpose(-3, -2).flatten(-2))
-
-# %% ../nbs/03_model.ipynb #b8b08769
-def _norm(config: ModelConfig) -> nn.Module:
-    "Make an RMSNorm, or nothing at all for the ablation without norms."
-    return nn.Identity() if config.norm == "none" else RMSNorm(config.d_model)
 
 # %% ../nbs/03_model.ipynb #dbce4390
 class TransformerBlock(nn.Module):
-    "Attention, then a feed-forward network, each added to the residual stream."
+    """Attention, then a feed-forward network, each added to the residual stream."""
 
     def __init__(
         self,
@@ -225,35 +183,30 @@ class TransformerBlock(nn.Module):
         rope: RotaryPositionalEmbedding | None = None,  # shared by all blocks
     ):
         super().__init__()
+        norm = nn.Identity if config.norm == "none" else RMSNorm
         feed_forward = SwiGLU if config.ffn == "swiglu" else SiLUFeedForward
         self.post_norm = config.norm == "post"
-        self.ln1 = _norm(config)
+        self.ln1 = norm(config.d_model)
         self.attn = MultiHeadSelfAttention(config.d_model, config.num_heads, rope)
-        self.ln2 = _norm(config)
+        self.ln2 = norm(config.d_model)
         self.ffn = feed_forward(config.d_model, config.d_ff)
 
     def forward(
         self,
         x: Tensor,  # (B, T, D)
         token_positions: Tensor | None = None,  # (T) or (B, T); None means 0 .. T-1
-        cache: LayerCache | None = None,  # keys and values of the tokens before x
+        cache: Any = None,  # as in MultiHeadSelfAttention
     ) -> Tensor:  # (B, T, D)
-        "Update the residual stream."
+        """Update the residual stream."""
         if self.post_norm:
             x = self.ln1(x + self.attn(x, token_positions, cache))
             return self.ln2(x + self.ffn(x))
         x = x + self.attn(self.ln1(x), token_positions, cache)
         return x + self.ffn(self.ln2(x))
 
-# %% ../nbs/03_model.ipynb #d7d9903b
-def _generator(seed: int, name: str) -> torch.Generator:
-    "Make the random generator that belongs to one parameter of one seed."
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
 # %% ../nbs/03_model.ipynb #9ee978d6
 class TransformerLM(nn.Module):
-    "Predict, at every position, the scores of all tokens that may come next."
+    """Predict, at every position, the scores of all tokens that may come next."""
 
     def __init__(
         self,
@@ -261,35 +214,36 @@ class TransformerLM(nn.Module):
         seed: int = 0,  # of the initial parameters
     ):
         super().__init__()
+        c, rope = config, None
+        if c.use_rope:
+            size = c.d_model // c.num_heads
+            rope = RotaryPositionalEmbedding(c.rope_theta, size, c.context_length)
+        with torch.device("meta"):  # shapes without numbers, which are drawn below
+            self.token_embeddings = Embedding(c.vocab_size, c.d_model)
+            blocks = (TransformerBlock(c, rope) for _ in range(c.num_layers))
+            self.layers = nn.ModuleList(blocks)
+            norm = nn.Identity if c.norm == "none" else RMSNorm
+            self.ln_final = norm(c.d_model)
+            self.lm_head = Linear(c.d_model, c.vocab_size)
         self.config = config
-        head_size = config.d_model // config.num_heads
-        rope = None
-        if config.use_rope:
-            rope = RotaryPositionalEmbedding(config.rope_theta, head_size, config.context_length)
-        with torch.device("meta"):  # shapes without numbers, which reset_parameters draws
-            self.token_embeddings = Embedding(config.vocab_size, config.d_model)
-            self.layers = nn.ModuleList([TransformerBlock(config, rope) for _ in range(config.num_layers)])
-            self.ln_final = _norm(config)
-            self.lm_head = Linear(config.d_model, config.vocab_size)
         self.reset_parameters(seed)
 
-    def reset_parameters(
-        self,
-        seed: int,  # gives, with a parameter's name, the generator of that parameter
-    ) -> None:
-        "Draw every parameter anew on the CPU."
-        for name, module in self.named_modules():
-            if isinstance(module, (Embedding, Linear, RMSNorm)):
-                module.weight = nn.Parameter(torch.empty(module.weight.shape, dtype=module.weight.dtype))
-                module.reset_parameters(_generator(seed, f"{name}.weight"))
+    def reset_parameters(self, seed: int) -> None:
+        """Draw every parameter anew on the CPU, each from a generator of its own."""
+        for name, part in self.named_modules():
+            if isinstance(part, (Embedding, Linear, RMSNorm)):
+                digest = hashlib.sha256(f"{seed}/{name}.weight".encode()).digest()
+                own_seed = int.from_bytes(digest[:8], "big") >> 1
+                part.weight = nn.Parameter(torch.empty_like(part.weight, device="cpu"))
+                part.reset_parameters(torch.Generator().manual_seed(own_seed))
 
     def forward(
         self,
         token_ids: Tensor,  # (B, T), integers in [0, V)
         token_positions: Tensor | None = None,  # (T) or (B, T); None means 0 .. T-1
-        caches: Sequence[LayerCache] | None = None,  # one a layer, for generation
+        caches: Sequence[Any] | None = None,  # one a layer, for generation
     ) -> Tensor:  # (B, T, V), logits
-        "Give the logits of the next token at every position."
+        """Give the logits of the next token at every position."""
         x = self.token_embeddings(token_ids)
         for i, layer in enumerate(self.layers):
             x = layer(x, token_positions, None if caches is None else caches[i])
@@ -298,23 +252,12 @@ class TransformerLM(nn.Module):
 # %% ../nbs/03_model.ipynb #2ab26cf7
 def flops_per_token(
     config: ModelConfig,  # sizes and switches
-) -> int:  # floating-point operations of one forward pass, per token of a full context
-    "Count the multiplications and additions of all matrix products; training takes 3 times as many."
+) -> int:  # floating-point operations of a forward pass, per token
+    """Count the operations of all matrix products; training takes 3 times as many."""
     parts = parameter_table(config)
     matrices = parts["attention"] + parts["feed-forward"] + parts["head"]
     scores_and_averages = config.num_layers * 2 * config.context_length * config.d_model
     return 2 * (matrices + scores_and_averages)
-
-# %% ../nbs/03_model.ipynb #1ff779f7
-def _saved_per_token(config: ModelConfig, dtype: str) -> int:
-    "Count the bytes that the forward pass keeps for the backward pass, for each token."
-    d, short = config.d_model, dtype == "bfloat16"
-    attention = 7 + config.use_rope if short else 5  # times D: input, q k v, heads; short ones need copies
-    feed_forward = 1 + (short and config.ffn == "swiglu")  # times D: the input, a copy for each matrix
-    in_products = config.num_layers * ((attention + feed_forward) * d + 3 * config.d_ff) + d
-    norms = 0 if config.norm == "none" else (2 * config.num_layers + 1) * (d + 1)  # their inputs and roots
-    exact = norms + config.num_layers * config.num_heads + 2  # sums of exponentials; ids take two
-    return (2 if short else 4) * in_products + 4 * exact
 
 # %% ../nbs/03_model.ipynb #27b0ac4c
 def memory_table(
@@ -322,13 +265,21 @@ def memory_table(
     batch_size: int,  # B, sequences in a training step
     dtype: str = "float32",  # numbers in the matrix products, or "bfloat16"
 ) -> dict[str, int]:  # bytes by purpose
-    "Estimate the memory of a training step on full contexts with AdamW."
-    weights, parts, short = 4 * num_parameters(config), parameter_table(config), dtype == "bfloat16"
-    tokens, matrices = batch_size * config.context_length, parts["attention"] + parts["feed-forward"] + parts["head"]
+    """Estimate the memory of a training step on full contexts with AdamW."""
+    d, layers, short = config.d_model, config.num_layers, dtype == "bfloat16"
+    parts, weights = parameter_table(config), 4 * num_parameters(config)
+    matrices = parts["attention"] + parts["feed-forward"] + parts["head"]
+    tokens = batch_size * config.context_length
+    widths = 6  # of D numbers a layer: inputs of attention and network; q, k, v; heads
+    if short:  # and a copy of an input for each further matrix
+        widths += 2 + config.use_rope + (config.ffn == "swiglu")
+    in_products = layers * (widths * d + 3 * config.d_ff) + d
+    norms = 0 if config.norm == "none" else (2 * layers + 1) * (d + 1)  # inputs, roots
+    exact = norms + layers * config.num_heads + 2  # sums of exponentials; ids take two
     return {
         "weights": weights + 2 * matrices * short,  # with a short copy of each matrix
         "gradients": weights,
         "optimizer": 2 * weights,
-        "activations": tokens * _saved_per_token(config, dtype),
+        "activations": tokens * ((2 if short else 4) * in_products + 4 * exact),
         "logits and their gradient": tokens * (10 if short else 8) * config.vocab_size,
     }

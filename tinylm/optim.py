@@ -11,52 +11,41 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import _compiled
+from .core import fast
+from .kernels import adamw_step
 
 # %% ../nbs/04_optim.ipynb #0367d9fd
 def _cross_entropy_plain(logits: Tensor, targets: Tensor) -> Tensor:
-    "Average the surprise at the targets, step by step."
+    """Average the surprise at the targets, step by step."""
     m = logits.detach().amax(-1, keepdim=True)
     log_sum = (logits - m).exp().sum(-1).log() + m.squeeze(-1)
     right = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return (log_sum - right).mean()
 
-# %% ../nbs/04_optim.ipynb #3c95ba23
-def _surprise(z: Tensor, y: Tensor) -> Tensor:
-    "Give the surprise at each row's target; turn the logits z, in place, into probabilities."
-    right, m = z.gather(1, y), z.amax(1, keepdim=True)
-    total = z.sub_(m).exp_().sum(1, keepdim=True)
-    z.div_(total)
-    return total.log() + m - right
-
-# %% ../nbs/04_optim.ipynb #38dd4222
-def _at_least_32_bits(dtype: torch.dtype) -> torch.dtype:
-    "Name the type to add up numbers of this type in."
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
 # %% ../nbs/04_optim.ipynb #cef7230f
 class _CrossEntropyByHand(torch.autograd.Function):
-    "Compute the mean surprise in blocks, with its gradient from the equation."
+    """Compute the mean surprise in blocks, with its gradient from the equation."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        "Keep the probabilities, which become the gradient."
         z, y = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1)
         p = torch.empty_like(z) if ctx.needs_input_grad[0] else None
-        losses = torch.empty(y.shape, dtype=_at_least_32_bits(z.dtype), device=z.device)
+        at_least_32_bits = torch.promote_types(z.dtype, torch.float32)
+        losses = torch.empty(y.shape, dtype=at_least_32_bits, device=z.device)
         rows = max(1, (2**17 if z.device.type == "cpu" else 2**26) // z.shape[1])
         block = losses.new_empty(min(rows, len(z)), z.shape[1])
         for i in range(0, len(z), rows):
             here = slice(i, i + rows)
             e = block[: len(z[here])].copy_(z[here])
-            losses[here] = _surprise(e, y[here])
+            right, m = e.gather(1, y[here]), e.amax(1, keepdim=True)
+            total = e.sub_(m).exp_().sum(1, keepdim=True)
+            losses[here] = total.log() + m - right
             if p is not None:
-                p[here] = e
+                p[here] = e.div_(total)
         ctx.shape = logits.shape
         ctx.save_for_backward(p, y)
         return losses.mean()
@@ -64,7 +53,6 @@ class _CrossEntropyByHand(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, delta: Tensor) -> tuple[Tensor, None]:
-        "Turn the probabilities into the gradient of the logits."
         p, y = ctx.saved_tensors
         p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype))
         return p.mul_(delta / len(p)).view(ctx.shape), None
@@ -72,97 +60,54 @@ class _CrossEntropyByHand(torch.autograd.Function):
 # %% ../nbs/04_optim.ipynb #b8f60ffe
 def cross_entropy(
     logits: Tensor,  # scores before softmax, shape (..., V), any real numbers
-    targets: Tensor,  # ids of the tokens that really came next, shape (...), integers in [0, V)
+    targets: Tensor,  # ids of the tokens that came, shape (...), integers in [0, V)
 ) -> Tensor:  # mean over all positions of -log p(target), a scalar in nats
     """Average the surprise at the targets.
 
-    Raises ValueError when the shapes do not belong together.
-    """
+    Raises ValueError when the shapes do not belong together."""
     if logits.shape[:-1] != targets.shape:
-        raise ValueError(f"logits of shape {tuple(logits.shape)} do not fit targets of shape {tuple(targets.shape)}")
-    if torch.compiler.is_compiling():
-        return _cross_entropy_plain(logits, targets)
-    return _CrossEntropyByHand.apply(logits, targets)
+        shapes = f"{tuple(logits.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"logits and targets of shapes {shapes} do not fit")
+    if fast(logits):  # the twin makes one large tensor instead of many
+        return _CrossEntropyByHand.apply(logits, targets)
+    return _cross_entropy_plain(logits, targets)
 
 # %% ../nbs/04_optim.ipynb #a295d107
-def _adamw_update(
-    params: list[Tensor], grads: list[Tensor], ms: list[Tensor], vs: list[Tensor], steps: list[int],
-    settings: dict[str, Any],
-) -> None:
-    """Take one AdamW step on lists of tensors, in place; `steps` count from 1."""
+def _adamw_update(rows: list[tuple], settings: dict[str, Any]) -> None:
+    """Take one AdamW step, in place, on rows (weight, gradient, m, v, step from 1)."""
+    ws, gs, ms, vs, steps = map(list, zip(*rows, strict=True))
     lr, (beta1, beta2) = settings["lr"], settings["betas"]
-    torch._foreach_mul_(params, 1 - lr * settings["weight_decay"])
-    torch._foreach_lerp_(ms, grads, 1 - beta1)
+    torch._foreach_mul_(ws, 1 - lr * settings["weight_decay"])
+    torch._foreach_lerp_(ms, gs, 1 - beta1)
     torch._foreach_mul_(vs, beta2)
-    torch._foreach_addcmul_(vs, grads, grads, 1 - beta2)
-    denominators = torch._foreach_sqrt(vs)
-    torch._foreach_div_(denominators, [math.sqrt(1 - beta2**t) for t in steps])
-    torch._foreach_add_(denominators, settings["eps"])
-    torch._foreach_addcdiv_(params, ms, denominators, [-lr / (1 - beta1**t) for t in steps])
-
-# %% ../nbs/04_optim.ipynb #d65c08bc
-@_compiled
-def _adamw_loop(w, g, m, v, keep, beta1, new1, beta2, new2, rate, eps):  # pragma: no cover
-    "Take one AdamW step on flat arrays, each number once."
-    for i in range(w.size):
-        m[i] = beta1 * m[i] + new1 * g[i]
-        v[i] = beta2 * v[i] + new2 * g[i] * g[i]
-        w[i] = keep * w[i] - rate * m[i] / (np.sqrt(v[i]) + eps)
-
-# %% ../nbs/04_optim.ipynb #29d00d05
-def _adamw_compiled(w: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, settings: dict[str, Any]) -> None:
-    "Take one AdamW step on one parameter, in place, in the compiled loop."
-    lr, (beta1, beta2) = settings["lr"], settings["betas"]
-    root = math.sqrt(1 - beta2**step)
-    numbers = (1 - lr * settings["weight_decay"], beta1, 1 - beta1, beta2, 1 - beta2,
-               lr * root / (1 - beta1**step), settings["eps"] * root)
-    arrays = [t.detach().view(-1).numpy() for t in (w, g, m, v)]
-    _adamw_loop(*arrays, *map(arrays[0].dtype.type, numbers))
-    torch.autograd.graph.increment_version([w, m, v])  # tells PyTorch that they have changed
-
-# %% ../nbs/04_optim.ipynb #a1da091a
-def _loop_can_take(tensors: Iterable[Any]) -> bool:
-    "Say whether these are ordinary tensors of one type, whole and in main memory."
-    dtypes = set()
-    for t in tensors:
-        if type(t) not in (Tensor, torch.nn.Parameter) or t.device.type != "cpu" or not t.is_contiguous():
-            return False
-        dtypes.add(t.dtype)
-    return len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
-
-# %% ../nbs/04_optim.ipynb #b7c1e0d2
-def _own_parts(*tensors: Any) -> Any:
-    "Take what this process keeps of tensors that several have shared out, or all of others."
-    return [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
+    torch._foreach_addcmul_(vs, gs, gs, 1 - beta2)
+    roots = torch._foreach_sqrt(vs)
+    torch._foreach_div_(roots, [math.sqrt(1 - beta2**t) for t in steps])
+    torch._foreach_add_(roots, settings["eps"])
+    torch._foreach_addcdiv_(ws, ms, roots, [-lr / (1 - beta1**t) for t in steps])
 
 # %% ../nbs/04_optim.ipynb #9d6b5578
 class AdamW(torch.optim.Optimizer):
-    """Update parameters by Adam with decoupled weight decay (Loshchilov and Hutter 2017, arXiv:1711.05101).
+    """Update parameters by Adam with decoupled weight decay (arXiv:1711.05101).
 
-    Raises ValueError for a negative rate, eps or decay, or a beta outside [0, 1).
-    """
+    Raises ValueError for a negative rate, eps or decay, or a beta outside [0, 1)."""
 
     def __init__(
         self,
-        params: Iterable[Any],  # parameters, or dicts of parameter groups with settings of their own
-        lr: float = 1e-3,  # learning rate: about the distance that a weight moves per step
-        betas: tuple[float, float] = (0.9, 0.999),  # memory of the averages of gradient and squared gradient
+        params: Iterable[Any],  # parameters, or dicts of groups with their own settings
+        lr: float = 1e-3,  # learning rate: about the distance of a weight's step
+        betas: tuple[float, float] = (0.9, 0.999),  # memory of both running averages
         eps: float = 1e-8,  # added to the denominator, against division by zero
-        weight_decay: float = 0.01,  # share of the weight, times lr, that is taken off before each step
+        weight_decay: float = 0.01,  # share of a weight, times lr, taken off each step
     ):
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"AdamW cannot use {lr=}, {betas=}, {eps=}, {weight_decay=}")
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-
-    # unwrapped: PyTorch's decorator would import its compiler, for a second, only to tell it to stay away
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
-    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+        settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        if not (min(lr, eps, weight_decay) >= 0 and all(0 <= b < 1 for b in betas)):
+            raise ValueError(f"AdamW cannot use {settings}")
+        super().__init__(params, settings)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step with the gradients in `.grad`; parameters without one stay as they are."""
+        """Take one step with `.grad`; parameters without one stay as they are."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -170,25 +115,28 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             rest = []
             for p in group["params"]:
-                if p.grad is not None:
-                    state = self._remember(p)
-                    w, g, m, v = _own_parts(p, p.grad, state["m"], state["v"])
-                    if _loop_can_take((w, g, m, v)):
-                        _adamw_compiled(w, g, m, v, state["step"], group)
-                    else:
-                        rest.append((w, g, m, v, state["step"]))
+                if p.grad is None:
+                    continue
+                if not (state := self.state[p]):
+                    state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+                state["step"] += 1
+                whole = (p, p.grad, state["m"], state["v"])
+                w, g, m, v = ((x.to_local() if hasattr(x, "to_local") else x).detach()
+                              for x in whole)
+                if fast(w, g, m, v, numpy=True):  # the twin goes through memory once
+                    flat = (x.view(-1).numpy() for x in (w, g, m, v))
+                    adamw_step(state["step"], group, *flat)
+                    torch.autograd.graph.increment_version([w, m, v])
+                else:
+                    rest.append((w, g, m, v, state["step"]))
             if rest:
-                params, grads, ms, vs, steps = map(list, zip(*rest, strict=True))
-                _adamw_update(params, grads, ms, vs, steps, group)
+                _adamw_update(rest, group)
         return loss
 
-    def _remember(self, p: Tensor) -> dict[str, Any]:
-        """Count the step of one parameter and return its state, made at the first step."""
-        state = self.state[p]
-        if not state:
-            state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
-        state["step"] += 1
-        return state
+
+# PyTorch decorates these so that its compiler leaves them alone; that would import it
+for _name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+    setattr(AdamW, _name, inspect.unwrap(getattr(AdamW, _name)))
 
 # %% ../nbs/04_optim.ipynb #d2b17a1b
 def cosine_lr(
@@ -196,9 +144,9 @@ def cosine_lr(
     max_lr: float,  # the rate at the end of the warm-up
     min_lr: float,  # the rate at the end of the cosine and ever after
     warmup_iters: int,  # length of the linear warm-up in steps; 0 means none
-    cosine_cycle_iters: int,  # the step at which the cosine reaches min_lr (the warm-up counts)
+    cosine_cycle_iters: int,  # the step at which the cosine reaches min_lr
 ) -> float:  # the learning rate for this step
-    """Compute the learning rate of one step: linear warm-up, then half a cosine (arXiv:1608.03983)."""
+    """Give the rate of a step: linear warm-up, half a cosine (arXiv:1608.03983)."""
     if step < warmup_iters:
         return max_lr * step / warmup_iters
     if step >= cosine_cycle_iters:
@@ -208,7 +156,7 @@ def cosine_lr(
 
 # %% ../nbs/04_optim.ipynb #5f57884f
 def clip_grad_norm(
-    params: Iterable[Tensor],  # parameters whose .grad is measured together and scaled in place
+    params: Iterable[Tensor],  # their .grad is measured together and scaled in place
     max_l2_norm: float,  # the longest gradient to let through unchanged
 ) -> Tensor:  # L2 norm of all gradients together before clipping, a scalar
     """Scale all gradients down together if their joint length exceeds a limit."""

@@ -9,7 +9,7 @@ __all__ = ['rope_angles', 'apply_rope', 'RotaryPositionalEmbedding']
 import torch
 from torch import Tensor, nn
 
-from .data import InputError
+from .core import fast
 
 # %% ../nbs/02_rope.ipynb #370168e7
 def rope_angles(
@@ -17,7 +17,7 @@ def rope_angles(
     d_k: int,  # K, size of a query or key; even
     theta: float = 10_000.0,  # base of the frequencies
 ) -> Tensor:  # (T, K/2), float64, radians
-    "Give the angle by which each pair of features is turned at each position."
+    """Give the angle by which each pair of features is turned at each position."""
     pair = torch.arange(0, d_k, 2, dtype=torch.float64)
     return positions.to(torch.float64)[..., None] * theta ** (-pair / d_k)
 
@@ -27,28 +27,16 @@ def apply_rope(
     cos: Tensor,  # (..., T, K/2), cosines of the angles
     sin: Tensor,  # (..., T, K/2), sines of the angles
 ) -> Tensor:  # (..., T, K), the dtype of x
-    "Turn each pair of features (2i, 2i+1) by its angle (Su et al. 2021, equation 34)."
+    """Turn each pair of features (2i, 2i+1) by its angle (arXiv:2104.09864, eq. 34)."""
     even, odd = x[..., 0::2], x[..., 1::2]
     pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
     return pairs.flatten(-2).to(x.dtype)
 
-# %% ../nbs/02_rope.ipynb #ef8becba
-def _apply_rope_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    "Do what `apply_rope` does as one complex multiplication, the fastest form in eager mode on a CPU."
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
-
-# %% ../nbs/02_rope.ipynb #2374cc61
-def _complex_is_faster(x: Tensor, cos: Tensor) -> bool:
-    "Say whether `_apply_rope_complex` can take x and gains from it (compilers fuse the real form)."
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != cos.dtype:
-        return False
-    aligned = x.storage_offset() % 2 == 0 and all(step % 2 == 0 for step in x.stride()[:-1])
-    return aligned and x.stride(-1) == 1 and x.dtype in (torch.float32, torch.float64)
-
 # %% ../nbs/02_rope.ipynb #1f6f43e1
 class RotaryPositionalEmbedding(nn.Module):
-    "Turn queries or keys by angles that grow with the position."
+    """Turn queries or keys by angles that grow with the position.
+
+    Raises ValueError for an odd d_k."""
 
     cos: Tensor
     sin: Tensor
@@ -61,7 +49,7 @@ class RotaryPositionalEmbedding(nn.Module):
     ):
         super().__init__()
         if d_k % 2:
-            raise InputError(f"RoPE turns pairs of features, so the head size must be even, not {d_k}")
+            raise ValueError(f"RoPE turns pairs of features; head size {d_k} is odd")
         angles = rope_angles(torch.arange(max_seq_len), d_k, theta)
         self.register_buffer("cos", angles.cos().float(), persistent=False)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
@@ -69,26 +57,25 @@ class RotaryPositionalEmbedding(nn.Module):
     def forward(
         self,
         x: Tensor,  # (..., T, K), for example (B, H, T, K)
-        token_positions: Tensor | None = None,  # (..., T), integers; None means 0 .. T-1
+        token_positions: Tensor | None = None,  # (..., T); None means 0 .. T-1
     ) -> Tensor:  # the shape and dtype of x
-        "Turn x; raises InputError for a position beyond the table."
-        cos, sin = self._rows(x, token_positions)
-        rotate = _apply_rope_complex if _complex_is_faster(x, cos) else apply_rope
-        return rotate(x, cos, sin)
-
-    def _rows(self, x: Tensor, token_positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        "Look up cosines and sines, shaped so that they broadcast against x (..., T, K/2)."
-        limit = self.cos.shape[0]
-        if x.shape[-2] > limit:
-            raise InputError(f"sequence of {x.shape[-2]} tokens, but the positions end at {limit}; shorten it")
+        """Turn x. Raises ValueError or IndexError for a position beyond the table."""
+        length, limit = x.shape[-2], self.cos.shape[0]
+        if length > limit:
+            raise ValueError(f"{length} tokens, but the positions end at {limit}")
         if token_positions is None:
-            return self.cos[: x.shape[-2]], self.sin[: x.shape[-2]]
-        positions = token_positions
-        while positions.dim() < x.dim() - 1:
-            positions = positions.unsqueeze(-2)
-        try:
-            rows = positions.flatten()
-            shape = (*positions.shape, -1)
-            return self.cos.index_select(0, rows).view(shape), self.sin.index_select(0, rows).view(shape)
-        except IndexError as error:
-            raise InputError(f"token_positions must lie in 0 .. {limit - 1}") from error
+            cos, sin = self.cos[:length], self.sin[:length]
+        else:
+            *leading, last = token_positions.shape
+            missing = [1] * (x.dim() - 1 - token_positions.dim())
+            shape = (*leading, *missing, last, -1)
+            rows = token_positions.flatten()
+            cos = self.cos.index_select(0, rows).view(shape)
+            sin = self.sin.index_select(0, rows).view(shape)
+        steps = (x.storage_offset(), *x.stride()[:-1])
+        side_by_side = x.stride(-1) == 1 and not any(step % 2 for step in steps)
+        wide = x.dtype == cos.dtype and x.element_size() >= 4
+        if fast(x) and x.device.type == "cpu" and wide and side_by_side:
+            pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+            return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+        return apply_rope(x, cos, sin)

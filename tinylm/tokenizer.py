@@ -8,40 +8,43 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import regex
-from numba.core import event
 from tqdm import tqdm
 
-from .data import InputError, atomic_write, open_text
-from .kernels import Decoder, Encoder, Pretokens, _cores, count_pretokens, merge_pairs
+from .core import END_OF_TEXT, InputError, atomic_write, cores
+from .core import file_sha256, open_text, read_json
+from .kernels import Decoder, Encoder, count_pretokens, merge_pairs
 
 # %% auto #0
-__all__ = ['PRETOKEN_PATTERN', 'train_bpe_naive', 'merge_pretokens', 'train_bpe', 'Tokenizer', 'TokenFile', 'file_sha256']
+__all__ = ['Pair', 'PRETOKEN_PATTERN', 'count_pairs', 'merge_word', 'split_special', 'make_vocab', 'train_bpe_naive', 'train_bpe',
+           'ByteLevelBPE', 'byte_chars', 'Tokenizer', 'TokenFile']
 
 # %% ../nbs/00_tokenizer.ipynb #a4ec551a
-_Pair = tuple[bytes, bytes]  # two neighboring tokens
+Pair = tuple[bytes, bytes]  # two neighboring tokens
 
-def _count_pairs(words: dict[tuple[bytes, ...], int]) -> Counter[_Pair]:
-    "Count every pair of neighbors, weighted by how often its word occurs."
-    pairs: Counter[_Pair] = Counter()
+def count_pairs(
+    words: dict[tuple[bytes, ...], int],  # word, as its tokens -> how often it occurs
+) -> Counter[Pair]:
+    """Count every pair of neighbors, weighted by how often its word occurs."""
+    pairs: Counter[Pair] = Counter()
     for word, count in words.items():
         for pair in zip(word, word[1:], strict=False):
             pairs[pair] += count
     return pairs
 
 # %% ../nbs/00_tokenizer.ipynb #a292cc5a
-def _merge_word(word: tuple[bytes, ...], pair: _Pair) -> tuple[bytes, ...]:
-    "Join each occurrence of the pair, from left to right."
+def merge_word(word: tuple[bytes, ...], pair: Pair) -> tuple[bytes, ...]:
+    """Join each occurrence of the pair, from left to right."""
     out: list[bytes] = []
     i = 0
     while i < len(word):
@@ -51,225 +54,271 @@ def _merge_word(word: tuple[bytes, ...], pair: _Pair) -> tuple[bytes, ...]:
     return tuple(out)
 
 # %% ../nbs/00_tokenizer.ipynb #42eada4d
-PRETOKEN_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+PRETOKEN_PATTERN = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
 _find_pretokens = regex.compile(PRETOKEN_PATTERN).findall
 
 # %% ../nbs/00_tokenizer.ipynb #cf71476b
-def _special_pattern(special_tokens: Iterable[str]) -> regex.Pattern[str] | None:
-    "A pattern that finds special tokens, at each place the longest; None if there are none."
-    names = sorted(special_tokens, key=len, reverse=True)
-    return regex.compile("(" + "|".join(map(regex.escape, names)) + ")") if names else None
-
-def _parts(text: str, special: regex.Pattern[str] | None) -> list[str]:
-    "Cut at the special tokens: ordinary text stands at even places, special tokens at odd ones."
-    return special.split(text) if special else [text]
-
-# %% ../nbs/00_tokenizer.ipynb #dd213770
-def _make_vocab(merges: list[_Pair], special_tokens: list[str]) -> dict[int, bytes]:
-    "Number the tokens: 256 bytes, then the merges in order, then the special tokens."
-    tokens = [bytes([byte]) for byte in range(256)]
-    tokens += [a + b for a, b in merges] + [name.encode() for name in special_tokens]
-    return dict(enumerate(tokens))
+def split_special(text: str, special_tokens: Iterable[str]) -> list[str]:
+    """Cut at special tokens, the longest first; they get the odd places."""
+    names = "|".join(map(regex.escape, sorted(special_tokens, key=len, reverse=True)))
+    return regex.split(f"({names})", text) if names else [text]
 
 # %% ../nbs/00_tokenizer.ipynb #e5ce3280
+def make_vocab(merges: list[Pair], special: Iterable[str] = ()) -> dict[int, bytes]:
+    """Number the tokens: 256 bytes, the merges in order, the special tokens."""
+    tokens = [bytes([byte]) for byte in range(256)] + [a + b for a, b in merges]
+    return dict(enumerate(tokens + [name.encode() for name in special]))
+
 def train_bpe_naive(
     text: str,  # the whole corpus
     vocab_size: int,  # number of tokens wanted: 256 bytes, merges and special tokens
     special_tokens: list[str],  # texts that no merge may touch
-) -> tuple[dict[int, bytes], list[_Pair]]:  # vocabulary (id -> bytes), and the merges in order
-    "Train BPE as it is defined: count all pairs, merge the most frequent one, start again."
-    parts = _parts(text, _special_pattern(special_tokens))[::2]
-    counts = Counter(pretoken.encode() for part in parts for pretoken in _find_pretokens(part))
-    words = {tuple(bytes([byte]) for byte in pretoken): count for pretoken, count in counts.items()}
-    merges: list[_Pair] = []
-    while len(merges) < vocab_size - 256 - len(special_tokens) and (pairs := _count_pairs(words)):
+) -> tuple[dict[int, bytes], list[Pair]]:  # vocabulary (id -> bytes), merges in order
+    """Train BPE as it is defined: count all pairs, merge the most frequent, again."""
+    parts = split_special(text, special_tokens)[::2]
+    counts = Counter(word.encode() for part in parts for word in _find_pretokens(part))
+    words = {tuple(bytes([b]) for b in word): count for word, count in counts.items()}
+    merges: list[Pair] = []
+    most = vocab_size - 256 - len(special_tokens)
+    while len(merges) < most and (pairs := count_pairs(words)):
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        words = {_merge_word(word, best): count for word, count in words.items()}
+        words = {merge_word(word, best): count for word, count in words.items()}
         merges.append(best)
-    return _make_vocab(merges, special_tokens), merges
-
-# %% ../nbs/00_tokenizer.ipynb #9ae53d48
-def merge_pretokens(
-    counts: Mapping[bytes, int] | Pretokens,  # pretoken -> how often the corpus holds it
-    num_merges: int,  # how many merges to make at most
-    progress: Callable[[int], object] | None = None,  # called now and then with the number of merges made since
-) -> list[_Pair]:  # the merges in order; fewer when no pair is left
-    "Choose the merges of `train_bpe_naive`, in O(N log N) for N bytes of distinct pretokens."
-    pretokens = counts if isinstance(counts, Pretokens) else Pretokens.from_dict(counts)
-    most = int(pretokens.offsets[-1]) - len(pretokens.counts)  # each merge leaves one token less
-    tokens, merges = [bytes([byte]) for byte in range(256)], []
-    for a, b in merge_pairs(pretokens, min(num_merges, most), progress).tolist():
-        merges.append((tokens[a], tokens[b]))
-        tokens.append(tokens[a] + tokens[b])
-    return merges
-
-# %% ../nbs/00_tokenizer.ipynb #9e52daa6
-class _Announcement(event.Listener):
-    "Says at the first compilation of a module why it takes a while."
-
-    def __init__(self, module: str, what: str, seconds: int):
-        self.module, self.what, self.seconds, self.said = module, what, seconds, False
-
-    def on_start(self, event: event.Event) -> None:
-        if not self.said and event.data["dispatcher"].py_func.__module__ == self.module:
-            self.said = True
-            line = f"tinylm: compiling {self.what}, only at the first use (all of it: {self.seconds} seconds)"
-            tqdm.write(line, file=sys.stderr)
-
-    def on_end(self, event: event.Event) -> None:
-        pass
-
-event.register("numba:compile", _Announcement("tinylm.kernels", "the tokenizer", 15))
-
-# %% ../nbs/00_tokenizer.ipynb #3183849f
-def _check_special(special_tokens: list[str]) -> None:
-    "Raise `InputError` for special tokens that cannot be told apart from others."
-    for name in special_tokens:
-        if len(name.encode()) < 2 or special_tokens.count(name) > 1:
-            raise InputError(f"special token {name!r}: expected two bytes or more, and each token once")
-
-def _count_merges(vocab_size: int, special_tokens: list[str]) -> int:
-    "How many merges a vocabulary has room for; raises `InputError` if it is too small."
-    least = 256 + len(special_tokens)
-    if vocab_size < least:
-        raise InputError(f"vocab_size {vocab_size}: too small for 256 bytes and special tokens; give {least} or more")
-    return vocab_size - least
-
-# %% ../nbs/00_tokenizer.ipynb #351b7332
-def _bar(what: str, unit: str, total: int | None) -> tqdm:
-    "A progress bar on standard error."
-    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, delay=0.5)
-
-def _bytes_bar(what: str, path: str | os.PathLike[str]) -> tqdm:
-    "A bar for the bytes of a text file; how many those of a .gz file are is known at its end."
-    path = Path(path)
-    return _bar(f"{what} {path.name}", "B", None if path.suffix == ".gz" else path.stat().st_size)
+    return make_vocab(merges, special_tokens), merges
 
 # %% ../nbs/00_tokenizer.ipynb #6215ae66
+def _check_special(special_tokens: list[str]) -> None:
+    for name in special_tokens:
+        fits = isinstance(name, str) and len(name.encode()) > 1
+        if not fits or special_tokens.count(name) > 1:
+            raise InputError(f"special token {name!r}: expected once, 2 bytes or more")
+
+def _bar(what: str, path: Path) -> tqdm:
+    size = None if path.suffix == ".gz" else path.stat().st_size
+    return tqdm(None, f"{what} {path.name}", size, unit="B", unit_scale=True, delay=0.5)
+
 def train_bpe(
     input_path: str | os.PathLike[str],  # the corpus, .txt or .txt.gz, UTF-8
     vocab_size: int,  # number of tokens wanted: 256 bytes, merges and special tokens
     special_tokens: list[str],  # texts that no merge may touch, such as "<|endoftext|>"
     *,
-    num_workers: int | None = None,  # threads that count, None: one per core; any number gives the same result
-) -> tuple[dict[int, bytes], list[_Pair]]:  # vocabulary (id -> bytes), and the merges in order
+    num_workers: int | None = None,  # threads, None: one per core; all give the same
+) -> tuple[dict[int, bytes], list[Pair]]:  # vocabulary (id -> bytes), merges in order
     """Train byte-level BPE on a file (Sennrich et al. 2016, arXiv:1508.07909).
 
-    Raises `InputError` for a file that cannot be read and for wishes that cannot be met."""
+    Warns where the text gives fewer tokens; raises `InputError` for a file or a wish
+    that will not do."""
     _check_special(special_tokens)
-    num_merges = _count_merges(vocab_size, special_tokens)
+    path, least = Path(input_path), 256 + len(special_tokens)
+    if vocab_size < least or vocab_size % 1:
+        raise InputError(f"vocab_size {vocab_size}: too small, give {least} or more")
     special = [name.encode() for name in special_tokens]
-    with open_text(input_path) as stream, _bytes_bar("counting", input_path) as bar:
-        pretokens = count_pretokens(stream, special, num_workers=num_workers, progress=bar.update)
-    with _bar("merging", " merges", num_merges) as bar:
-        merges = merge_pretokens(pretokens, num_merges, bar.update)
-    vocab = _make_vocab(merges, special_tokens)
-    if len(merges) < num_merges:
-        wish = f"{vocab_size} tokens were wanted, but only {len(vocab)} can be made"
-        warnings.warn(f"{input_path}: {wish}: no pair is left to merge", stacklevel=2)
-    return vocab, merges
+    with open_text(path) as stream, _bar("counting", path) as bar:
+        how = {"num_workers": num_workers, "progress": bar.update}
+        pretokens = count_pretokens(stream, special, **how)
+    tokens, merges = [bytes([byte]) for byte in range(256)], []
+    most = int(vocab_size) - least
+    with tqdm(total=most, desc="merging", unit=" merges", delay=0.5) as bar:
+        for a, b in merge_pairs(pretokens, most, bar.update).tolist():
+            merges.append((tokens[a], tokens[b]))
+            tokens.append(tokens[a] + tokens[b])
+    if len(merges) < most:
+        made = f"{least + len(merges)} tokens of {vocab_size}: no pair is left to merge"
+        warnings.warn(f"{path}: {made}", stacklevel=2)
+    return make_vocab(merges, special_tokens), merges
 
-# %% ../nbs/00_tokenizer.ipynb #737079f2
-def _tables(vocab: dict[int, bytes], merges: list[_Pair]) -> tuple[list[int], list[tuple[int, int]], list[int]]:
-    "The id of each byte, the two ids that each merge joins, and the id that it makes."
-    ids = {vocab[i]: i for i in sorted(vocab, reverse=True)}
-    if max(vocab, default=0) >= 1 << 21:
-        raise InputError(f"vocabulary: token id {max(vocab)}, expected ids below {1 << 21}")
-    try:
-        byte_ids = [ids[bytes([byte])] for byte in range(256)]
-        return byte_ids, [(ids[a], ids[b]) for a, b in merges], [ids[a + b] for a, b in merges]
-    except KeyError as err:
-        raise InputError(f"vocabulary: the token {err.args[0]!r} is missing; every byte and merge needs one") from None
-
-def _add_special(vocab: dict[int, bytes], special_tokens: Iterable[str]) -> dict[str, int]:
-    "Find each special token in the vocabulary, or give it the next free id."
-    ids = {token: i for i, token in vocab.items()}
-    found: dict[str, int] = {}
-    for name in special_tokens:
-        found[name] = ids.get(name.encode(), max(vocab) + 1)
-        vocab[found[name]] = name.encode()
-    return dict(sorted(found.items(), key=lambda item: item[1]))
-
-# %% ../nbs/00_tokenizer.ipynb #51931593
+# %% ../nbs/00_tokenizer.ipynb #utf80001
 def _utf8(text: str) -> bytes:
-    "Encode; join surrogate pairs, and replace lone surrogates by U+FFFD."
+    """Encode; join surrogate pairs, and replace lone surrogates by U+FFFD."""
+    if not isinstance(text, str):
+        raise InputError(f"text: expected a string, found {type(text).__name__}")
     try:
         return text.encode()
     except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()
-
-def _utf8_stream(chunks: Iterable[str]) -> Iterator[bytes]:
-    "Encode a stream; the first half of a pair at the end of a chunk waits for the next chunk."
-    half = ""
-    for chunk in chunks:
-        text, half = half + chunk, ""
-        if "\ud800" <= text[-1:] <= "\udbff":
-            text, half = text[:-1], text[-1]
-        yield _utf8(text)
-    yield _utf8(half)
-
-# %% ../nbs/00_tokenizer.ipynb #078dd37d
-def _unknown_id(ids: np.ndarray, vocab: dict[int, bytes], vocab_size: int) -> int | None:
-    "The first id that is not in the vocabulary, None if there is none."
-    if not ids.size or (0 <= ids.min() and ids.max() < vocab_size == len(vocab)):
-        return None
-    return next((i for i in ids.tolist() if i not in vocab), None)
+        halves = text.encode("utf-16-le", "surrogatepass")
+        return halves.decode("utf-16-le", "replace").encode()
 
 # %% ../nbs/00_tokenizer.ipynb #9afd3155
-class Tokenizer:
-    "Turn text into token ids and back."
+class ByteLevelBPE:
+    """Turn text into token ids and back."""
 
     def __init__(
         self,
         vocab: dict[int, bytes],  # id -> bytes; any numbering will do
-        merges: list[_Pair],  # in the order in which training chose them
-        special_tokens: list[str] | None = None,  # texts that are one token wherever they stand
+        merges: list[Pair],  # in the order in which training chose them
+        special_tokens: list[str] | None = None,  # one token wherever they stand
     ):
         _check_special(special_tokens or [])
+        if not all(isinstance(i, int) and 0 <= i < 1 << 21 for i in vocab):
+            raise InputError("vocab: expected ids from 0 to 2097151")
         self.vocab, self.merges = dict(vocab), list(merges)
-        self.special_tokens = _add_special(self.vocab, special_tokens or [])  # text -> id
+        ids, special = {token: i for i, token in vocab.items()}, {}
+        for name in special_tokens or []:
+            next_id = max(self.vocab, default=-1) + 1
+            special[name] = ids.get(name.encode(), next_id)
+            self.vocab[special[name]] = name.encode()
+        self.special_tokens = dict(sorted(special.items(), key=lambda item: item[1]))
+        ids = {self.vocab[i]: i for i in sorted(self.vocab, reverse=True)}
+        try:
+            byte_ids = [ids[bytes([byte])] for byte in range(256)]
+            pairs = [(ids[a], ids[b]) for a, b in merges]
+            made = [ids[a + b] for a, b in merges]
+        except KeyError as err:
+            raise InputError(f"vocab: a byte or merge is missing, {err}") from None
         self.vocab_size = max(self.vocab) + 1  # every id is below this
-        special = {name.encode(): i for name, i in self.special_tokens.items()}
         dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
-        self._encoder = Encoder(*_tables(self.vocab, self.merges), special, dtype)
+        by_bytes = {name.encode(): i for name, i in special.items()}
+        self._encoder = Encoder(byte_ids, pairs, made, by_bytes, dtype)
         self._decoder = Decoder(self.vocab)
 
     def encode(self, text: str) -> list[int]:
-        "Turn a text into ids; lone surrogates become U+FFFD."
+        """Turn a text into ids; lone surrogates become U+FFFD."""
         return self._encoder.encode(_utf8(text)).tolist()
 
     def encode_iterable(self, chunks: Iterable[str]) -> Iterator[int]:
-        "Encode a stream in constant memory; the ids do not depend on how it is cut into chunks."
-        for ids in self._encoder.encode_chunks(_utf8_stream(chunks), block_size=1 << 14):
+        """Encode a stream in constant memory; the ids do not depend on its cuts."""
+
+        def as_bytes() -> Iterator[bytes]:
+            half = ""  # the first half of a surrogate pair waits for the next chunk
+            for chunk in chunks:
+                text, half = half + chunk, ""
+                if "\ud800" <= text[-1:] <= "\udbff":
+                    text, half = text[:-1], text[-1]
+                yield _utf8(text)
+            yield _utf8(half)
+
+        for ids in self._encoder.encode_chunks(as_bytes(), block_size=1 << 14):
             yield from ids.tolist()
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        "Turn ids into text; bytes that are not UTF-8 become U+FFFD. Raises `InputError` for an unknown id."
-        array = ids if isinstance(ids, np.ndarray) else np.fromiter(ids, np.int64)
-        if (unknown := _unknown_id(array, self.vocab, self.vocab_size)) is not None:
-            raise InputError(f"token id {unknown}: not in the vocabulary of {self.vocab_size} tokens")
-        return self._decoder.decode(array).decode(errors="replace")
+        """Turn ids into text; bytes that are not UTF-8 become U+FFFD.
 
-    def decode_batch(self, batch: Iterable[Iterable[int] | np.ndarray]) -> list[str]:
-        "Turn several lists of ids into texts."
-        return [self.decode(ids) for ids in batch]
+        Raises `InputError` for an unknown id, or for what is no row of ids."""
+        array = ids if isinstance(ids, np.ndarray) else np.array(list(ids))
+        if array.size and (array.dtype.kind not in "iu" or array.ndim != 1):
+            raise InputError(f"ids: expected whole numbers, found {array.dtype}")
+        size, whole = self.vocab_size, len(self.vocab) == self.vocab_size
+        if array.size and not (whole and 0 <= array.min() <= array.max() < size):
+            if unknown := [i for i in array.tolist() if i not in self.vocab]:
+                raise InputError(f"token id {unknown[0]}: not in the vocabulary")
+        return self._decoder.decode(array).decode(errors="replace")
 
     @cached_property
     def fingerprint(self) -> str:
-        "SHA-256 over all that decides the ids: pattern, vocabulary, merges and special tokens."
+        """SHA-256 over all that decides the ids: pattern, vocabulary, merges."""
         vocab = [(i, self.vocab[i].hex()) for i in sorted(self.vocab)]
         merges = [(a.hex(), b.hex()) for a, b in self.merges]
-        whole = json.dumps([PRETOKEN_PATTERN, vocab, merges, list(self.special_tokens.items())])
-        return hashlib.sha256(whole.encode()).hexdigest()
+        whole = [PRETOKEN_PATTERN, vocab, merges, list(self.special_tokens.items())]
+        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+
+# %% ../nbs/00_tokenizer.ipynb #1f35c091
+_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
+_CHARS = {byte: chr(byte) for byte in _VISIBLE}
+_CHARS |= {byte: chr(256 + n) for n, byte in enumerate(_HIDDEN)}
+_BYTES = {char: byte for byte, char in _CHARS.items()}
+
+def byte_chars(token: bytes) -> str:
+    """Write a token in GPT-2's byte-level alphabet, a visible character a byte."""
+    return "".join(_CHARS[byte] for byte in token)
+
+def _from_chars(chars: str) -> bytes:
+    return bytes(_BYTES[char] for char in chars)
+
+# until the others are merged
+from numba.core.event import RecordingListener  # noqa: E402
+_to_chars = byte_chars
+_Announcement = lambda *rest: RecordingListener()  # noqa: E731
+
+def _from_names(
+    names: dict[str, int], rows: Iterable[Iterable[str]], special: Iterable[str]
+) -> tuple[dict[int, bytes], list[Pair]]:
+    """Read a vocabulary and merges in the byte-level alphabet."""
+    as_is = {i: name.encode() for name, i in names.items() if name in special}
+    vocab = {i: _from_chars(name) for name, i in names.items() if name not in special}
+    return vocab | as_is, [(_from_chars(a), _from_chars(b)) for a, b in rows]
+
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
+_BYTE_LEVEL |= {"trim_offsets": True, "use_regex": True}
+_ADDED = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+_ADDED |= {"special": True}
+
+# %% ../nbs/00_tokenizer.ipynb #5fa3cd6b
+def _read_tokenizer_json(path: Path) -> tuple[dict[int, bytes], list[Pair], list[str]]:
+    """Read vocabulary, merges and special tokens from Hugging Face's format.
+
+    Raises `InputError` for any setting with which their library gives other ids."""
+
+    def need(part: str, found: Any, expected: Any) -> None:
+        if found != expected:
+            wish = f"is {found!r:.70}; expected {expected!r:.70}, as GPT-2 has it"
+            raise InputError(f"{path}: {part} {wish}")
+
+    def asks(settings: dict[str, Any], free: str) -> dict[str, Any]:
+        return {k: v for k, v in settings.items() if v and k not in free.split()}
+
+    path = path if path.suffix == ".json" else path / "tokenizer.json"
+    whole, special = read_json(path), dict[str, int]()
+    try:
+        known = "version added_tokens pre_tokenizer post_processor decoder model"
+        need("the rest of it", asks(whole, known), {})
+        model, splitter = whole["model"], {**_BYTE_LEVEL, **whole["pre_tokenizer"]}
+        known = "vocab merges unk_token fuse_unk byte_fallback"  # every byte is a token
+        need("model", asks(model, known), {"type": "BPE"})
+        need("pre_tokenizer", splitter | {"trim_offsets": True}, _BYTE_LEVEL)
+        need("decoder", (whole.get("decoder") or _BYTE_LEVEL)["type"], "ByteLevel")
+        after: dict[str, Any] = whole.get("post_processor") or {"type": "ByteLevel"}
+        for step in after["processors"] if after["type"] == "Sequence" else [after]:
+            if step["type"] != "ByteLevel":  # that moves offsets only
+                single = [pair for x in step.get("single", []) for pair in x.items()]
+                pieces = [(kind, piece["id"]) for kind, piece in single]
+                if pieces[:1] == [("SpecialToken", END_OF_TEXT)]:
+                    del pieces[0]  # how a text begins is left to the caller of `encode`
+                need("post_processor", pieces or step, [("Sequence", "A")])
+        for added in whole["added_tokens"]:
+            name, token = added["content"], f"added token {added['content']!r}"
+            need(token, asks(added, "id content normalized special"), {})
+            next_id = max([len(model["vocab"]) - 1, *special.values()]) + 1
+            special[name] = model["vocab"].get(name, next_id)  # what their library does
+            need(f"the id of {token}", added["id"], special[name])
+        kinds = sorted({bool(x.get("normalized")) for x in whole["added_tokens"]})
+        need("normalized of added tokens", kinds, kinds[:1])
+        rows = [x.split(" ") if isinstance(x, str) else x for x in model["merges"]]
+        vocab, merges = _from_names(model["vocab"] | special, rows, special)
+        need("the number of different merges", len(set(merges)), len(merges))
+        return vocab, merges, list(special)
+    except (KeyError, TypeError, AttributeError) as err:
+        raise InputError(f"{path}: not a byte-level BPE tokenizer ({err!r})") from err
+
+# %% ../nbs/00_tokenizer.ipynb #tok00002
+class Tokenizer(ByteLevelBPE):
+    """Turn text into token ids and back; save and load it; encode whole files."""
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        "Write `tokenizer.json` in Hugging Face's format into the folder."
-        return _save(self, Path(folder) / "tokenizer.json")
+        """Write `tokenizer.json` in Hugging Face's format into the folder."""
+        path = Path(folder) / "tokenizer.json"
+        special = {i: name for name, i in self.special_tokens.items()}
+        ordered = sorted(self.vocab.items())
+        vocab = {special.get(i) or byte_chars(token): i for i, token in ordered}
+        if len(vocab) < len(self.vocab):
+            raise InputError(f"{path}: a special token has the name of another token")
+        added = [{"id": i, "content": name, **_ADDED} for i, name in special.items()]
+        merges = [[byte_chars(a), byte_chars(b)] for a, b in self.merges]
+        whole = {"version": "1.0", "added_tokens": added, "pre_tokenizer": _BYTE_LEVEL}
+        model = {"type": "BPE", "vocab": vocab, "merges": merges}
+        with atomic_write(path, "w") as file:
+            whole |= {"decoder": _BYTE_LEVEL, "model": model}
+            json.dump(whole, file, ensure_ascii=False, indent=1)
+        return path
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        "Read a `tokenizer.json` or the one in a folder; raises `InputError` if it is no byte-level BPE tokenizer."
-        return cls(*_load(Path(path) if Path(path).suffix == ".json" else Path(path) / "tokenizer.json"))
+        """Read a `tokenizer.json`, or the one in a folder.
+
+        Raises `InputError` if Hugging Face's library would give other ids."""
+        return cls(*_read_tokenizer_json(Path(path)))
 
     @classmethod
     def from_files(
@@ -278,104 +327,53 @@ class Tokenizer:
         merges_path: str | os.PathLike[str],  # GPT-2's merges.txt
         special_tokens: list[str] | None = None,  # as above
     ) -> Tokenizer:  # gives the ids that GPT-2's own tokenizer gives
-        "Read the two files in which GPT-2's tokenizer was published."
-        return cls(*_load_gpt2(Path(vocab_path), Path(merges_path), special_tokens or []), special_tokens)
+        """Read the two files in which GPT-2's tokenizer was published."""
+        names = read_json(vocab_path)
+        try:
+            lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
+            rows = [x.split() for x in lines if x.strip() and x[:8] != "#version"]
+            vocab, merges = _from_names(names, rows, special_tokens or [])
+        except (OSError, KeyError, ValueError, TypeError, AttributeError) as err:
+            wish = f"expected GPT-2's alphabet and two tokens a line, found {err!r}"
+            raise InputError(f"{vocab_path} and {merges_path}: {wish}") from err
+        return cls(vocab, merges, special_tokens)
 
     def encode_file(
         self,
         src: str | os.PathLike[str],  # a .txt or .txt.gz file
-        dst: str | os.PathLike[str],  # the token file to write, NAME.bin; NAME.json goes beside it
+        dst: str | os.PathLike[str],  # the token file, NAME.bin, beside it NAME.json
         *,
-        num_workers: int | None = None,  # threads, None: one per core; any number writes the same file
+        num_workers: int | None = None,  # threads, None: one per core; same file
     ) -> TokenFile:  # what was written
-        "Encode a whole file into a token file, in constant memory."
-        return _encode_file(self, Path(src), Path(dst), num_workers or _cores())
-
-# %% ../nbs/00_tokenizer.ipynb #1f35c091
-_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
-_BYTE_TO_CHAR = {byte: chr(byte) for byte in _VISIBLE} | {byte: chr(256 + n) for n, byte in enumerate(_HIDDEN)}
-_CHAR_TO_BYTE = {char: byte for byte, char in _BYTE_TO_CHAR.items()}
-
-def _to_chars(token: bytes) -> str:
-    return "".join(_BYTE_TO_CHAR[byte] for byte in token)
-
-def _to_bytes(chars: str) -> bytes:
-    return bytes(_CHAR_TO_BYTE[char] for char in chars)
-
-# %% ../nbs/00_tokenizer.ipynb #d81c29df
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-_ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-
-def _save(tokenizer: Tokenizer, path: Path) -> Path:
-    "Write a tokenizer as Hugging Face's tokenizer.json."
-    special = {i: name for name, i in tokenizer.special_tokens.items()}
-    vocab = {special.get(i) or _to_chars(tokenizer.vocab[i]): i for i in sorted(tokenizer.vocab)}
-    if len(vocab) < len(tokenizer.vocab):
-        raise InputError(f"{path}: two tokens would have the same name; choose other special tokens")
-    merges = [[_to_chars(a), _to_chars(b)] for a, b in tokenizer.merges]
-    whole = {
-        "version": "1.0",
-        "added_tokens": [{"id": i, "content": name, **_ADDED} for i, name in special.items()],
-        "pre_tokenizer": _BYTE_LEVEL,
-        "decoder": _BYTE_LEVEL,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-    }
-    with atomic_write(path, "w") as file:
-        json.dump(whole, file, ensure_ascii=False, indent=1)
-    return path
-
-# %% ../nbs/00_tokenizer.ipynb #1fdd4b48
-def _read_json(path: Path):
-    "Read a JSON file; whatever is wrong with it becomes an `InputError`."
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as err:
-        raise InputError(f"{path}: cannot read ({err.strerror}); expected a JSON file") from err
-    except ValueError as err:
-        raise InputError(f"{path}: not a whole JSON file ({err}); make or copy it again") from err
-
-def _decode_vocab(path: Path, names: dict[str, int], special: Iterable[str]) -> dict[int, bytes]:
-    "From names in the byte-level alphabet to bytes; special tokens stand for themselves."
-    try:
-        return {i: name.encode() if name in special else _to_bytes(name) for name, i in names.items()}
-    except (KeyError, AttributeError, TypeError) as err:
-        raise InputError(f"{path}: not a vocabulary in the byte-level alphabet ({err!r})") from None
-
-# %% ../nbs/00_tokenizer.ipynb #5fa3cd6b
-def _load(path: Path) -> tuple[dict[int, bytes], list[_Pair], list[str]]:
-    "Read vocabulary, merges and special tokens from a tokenizer.json."
-    whole = _read_json(path)
-    try:
-        model, splitter = whole["model"], whole["pre_tokenizer"]
-        kind = model["type"], splitter["type"], splitter["add_prefix_space"], splitter.get("use_regex", True)
-        special = {added["content"]: added["id"] for added in whole["added_tokens"]}
-        lines = [line.split(" ") if isinstance(line, str) else line for line in model["merges"]]
-        merges = [(_to_bytes(a), _to_bytes(b)) for a, b in lines]
-        names = model["vocab"] | special
-    except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise InputError(f"{path}: not a byte-level BPE tokenizer ({err!r})") from err
-    if kind != ("BPE", "ByteLevel", False, True):
-        raise InputError(f"{path}: expected byte-level BPE over GPT-2's pretokens, found {kind}")
-    return _decode_vocab(path, names, special), merges, list(special)
-
-# %% ../nbs/00_tokenizer.ipynb #f1a535a8
-def _load_gpt2(vocab_path: Path, merges_path: Path, special: list[str]) -> tuple[dict[int, bytes], list[_Pair]]:
-    "Read GPT-2's vocab.json and merges.txt."
-    vocab = _decode_vocab(vocab_path, _read_json(vocab_path), special)
-    try:
-        lines = merges_path.read_text(encoding="utf-8").split("\n")
-        merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
-        return vocab, [(_to_bytes(a), _to_bytes(b)) for a, b in merges]
-    except OSError as err:
-        raise InputError(f"{merges_path}: cannot read ({err.strerror}); expected two tokens a line") from err
-    except (KeyError, ValueError) as err:
-        raise InputError(f"{merges_path}: not a list of merges, two tokens a line ({err!r})") from err
+        """Encode a whole file into a token file, in constant memory."""
+        src, path, count = Path(src), _bin_path(dst), 0
+        description = path.with_suffix(".json")
+        if os.path.realpath(src) in map(os.path.realpath, (path, description)):
+            raise InputError(f"{dst}: would overwrite the text; choose another name")
+        with atomic_write(path) as file, ThreadPoolExecutor(1) as beside:
+            with open_text(src) as stream, _bar("encoding", src) as bar:
+                digest = beside.submit(file_sha256, src)
+                chunks = iter(lambda: stream.read(1 << 20), b"")
+                how = {"num_workers": num_workers or cores(), "progress": bar.update}
+                for ids in self._encoder.encode_chunks(chunks, **how):
+                    file.write(ids)
+                    count += len(ids)
+            file.flush()  # a full disk shows while the old pair is whole
+            description.unlink(missing_ok=True)
+        dtype, made_by = self._encoder.dtype.name, (self.vocab_size, self.fingerprint)
+        made = TokenFile(path, dtype, count, *made_by, src.name, digest.result())
+        made.save()
+        return made
 
 # %% ../nbs/00_tokenizer.ipynb #372b9d4f
+def _bin_path(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    ours = path.suffix in (".bin", ".json")
+    return path.with_suffix(".bin") if ours else path.with_name(f"{path.name}.bin")
+
 @dataclass(frozen=True)
 class TokenFile:
-    "The ids of a corpus on disk: NAME.bin (little-endian integers) beside NAME.json (these fields)."
+    """The ids of a corpus: NAME.bin (little-endian) beside NAME.json (these fields)."""
 
     path: Path  # the .bin file
     dtype: str  # "uint16" or "uint32"
@@ -387,87 +385,37 @@ class TokenFile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenFile:
-        "Open a token file by its .bin or .json name; raises `InputError` unless it is complete."
-        return _load_token_file(_bin_path(Path(path)))
+        """Open a token file by either name; raises `InputError` unless it is whole."""
+        path = _bin_path(path)
+        try:
+            made = cls(path=path, **read_json(path.with_suffix(".json")))
+            width, size = {"uint16": 2, "uint32": 4}[made.dtype], path.stat().st_size
+            if size != made.count * width or size == 0:
+                raise TypeError(f"{size} bytes for {made.count} ids of {made.dtype}")
+        except (OSError, KeyError, TypeError) as err:
+            again = f"unfinished ({err}); encode the corpus again"
+            raise InputError(f"{path}: {again}") from err
+        return made
+
+    def save(self) -> None:
+        """Write the description, NAME.json."""
+        fields = {name: value for name, value in asdict(self).items() if name != "path"}
+        with atomic_write(self.path.with_suffix(".json"), "w") as file:
+            json.dump(fields, file, indent=1)
 
     def tokens(self) -> np.memmap:  # (count,) uint16 or uint32, read-only
-        "Map the ids into memory."
-        return np.memmap(self.path, np.dtype(self.dtype).newbyteorder("<"), "r", shape=(self.count,))
+        """Map the ids into memory."""
+        kind = np.dtype(self.dtype).newbyteorder("<")
+        return np.memmap(self.path, kind, "r", shape=(self.count,))
 
-    def check(self, tokenizer: Tokenizer) -> None:
-        "Raise `InputError` unless this tokenizer made the file and all ids are in its vocabulary."
+    def check(self, tokenizer: ByteLevelBPE) -> None:
+        """Raise `InputError` unless this tokenizer made it and knows all of its ids."""
+        ids, step, fault = self.tokens(), 1 << 24, ""
+        largest = max(int(ids[i : i + step].max()) for i in range(0, len(ids), step))
+        if largest >= tokenizer.vocab_size:
+            fault = f"holds id {largest}, expected ids below {tokenizer.vocab_size}"
         if self.fingerprint != tokenizer.fingerprint:
             found, expected = self.fingerprint[:12], tokenizer.fingerprint[:12]
-            raise InputError(f"{self.path}: made by tokenizer {found}, expected {expected}; encode the corpus again")
-        tokens = self.tokens()
-        largest = max(int(tokens[i : i + (1 << 24)].max()) for i in range(0, self.count, 1 << 24))
-        if largest >= tokenizer.vocab_size:
-            raise InputError(f"{self.path}: holds id {largest}, expected ids below {tokenizer.vocab_size}")
-
-# %% ../nbs/00_tokenizer.ipynb #eef5ecb3
-def _bin_path(path: Path) -> Path:
-    "NAME.bin for NAME, NAME.bin and NAME.json."
-    return path.with_suffix(".bin") if path.suffix in (".bin", ".json") else path.with_name(path.name + ".bin")
-
-def _load_token_file(path: Path) -> TokenFile:
-    "Read NAME.json and compare it with NAME.bin."
-    description = path.with_suffix(".json")
-    if path.exists() and not description.exists():
-        raise InputError(f"{path}: unfinished, {description.name} is missing; encode the corpus again")
-    fields = _read_json(description)
-    try:
-        token_file = TokenFile(path=path, **fields)
-        expected, actual = token_file.count * np.dtype(token_file.dtype).itemsize, path.stat().st_size
-    except OSError as err:
-        raise InputError(f"{path}: cannot read ({err.strerror}); encode the corpus again") from err
-    except TypeError as err:
-        raise InputError(f"{description}: not the description of a token file ({err})") from err
-    if expected != actual or actual == 0 or token_file.dtype not in ("uint16", "uint32"):
-        raise InputError(f"{path}: {actual} bytes, expected {expected} ({token_file.dtype}); encode the corpus again")
-    return token_file
-
-# %% ../nbs/00_tokenizer.ipynb #9c234cf7
-def file_sha256(
-    path: str | os.PathLike[str],  # any file
-) -> str:  # 64 hexadecimal digits
-    "Compute the SHA-256 of a file's bytes as they lie on the disk."
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-def _write_ids(tokenizer: Tokenizer, src: Path, file, num_workers: int) -> tuple[int, str]:
-    "Encode block by block, with a progress bar; return the number of ids and the SHA-256 of the text."
-    count, digest = 0, hashlib.sha256()
-
-    def chunks() -> Iterator[bytes]:
-        hashed = None
-        while chunk := stream.read(1 << 20):
-            if hashed:
-                hashed.result()
-            hashed = beside.submit(digest.update, chunk)
-            yield chunk
-
-    with ThreadPoolExecutor(1) as beside, open_text(src) as stream, _bytes_bar("encoding", src) as bar:
-        for ids in tokenizer._encoder.encode_chunks(chunks(), num_workers=num_workers, progress=bar.update):
-            file.write(ids)
-            count += len(ids)
-    return count, digest.hexdigest()
-
-# %% ../nbs/00_tokenizer.ipynb #c55a3bd2
-def _encode_file(tokenizer: Tokenizer, src: Path, dst: Path, num_workers: int) -> TokenFile:
-    "Write NAME.bin and then NAME.json, each all at once."
-    path = _bin_path(dst)
-    description = path.with_suffix(".json")
-    with atomic_write(path) as file:
-        count, digest = _write_ids(tokenizer, src, file, num_workers)
-        digest = file_sha256(src) if src.suffix == ".gz" else digest
-        file.flush()
-        os.fsync(file.fileno())  # a full disk shows here, while the old pair is still whole
-        description.unlink(missing_ok=True)
-    dtype = tokenizer._encoder.dtype.name
-    made = TokenFile(path, dtype, count, tokenizer.vocab_size, tokenizer.fingerprint, src.name, digest)
-    with atomic_write(description, "w") as text:
-        json.dump({name: value for name, value in asdict(made).items() if name != "path"}, text, indent=1)
-    return TokenFile.load(path)
+            fault = f"made by tokenizer {found}, expected {expected}"
+        if fault:
+            raise InputError(f"{self.path}: {fault}; encode the corpus again")

@@ -1,0 +1,1310 @@
+"""Content of `tinylm check`: for each part a plain answer, cases to try, and the likely mistakes. A plain module.
+
+A part is one row of `PARTS`, in the order of the chapters. Its answer is code of the plainest kind, and the docstring
+is the task: it states each convention that the cases test, so a stub is the answer without its bodies. A case does
+something with an answer and returns results by name. A mistake is an edit of the answer's source: the text to find,
+then the new text, several times if need be. Cases are made when they are first asked for; the import draws nothing."""
+import inspect
+import json
+import math
+import re
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import regex
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinylm.model import ModelConfig, parameter_table
+from tinylm.rope import apply_rope, rope_angles
+
+Case = Callable[[Any], dict[str, Any]]  # an answer -> the results, by name
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something to write: the plain answer, what to try, and what may go wrong."""
+
+    chapter: str  # the notebook that explains it
+    answer: Any  # the plain answer, a function or class
+    make_cases: Callable[[], dict[str, Case]]  # what is tried, from simple to hard
+    mistakes: dict[str, tuple[str, ...]]  # what one may have done -> the edits (old, new, old, new, ...) that do it
+
+    @cached_property
+    def cases(self) -> dict[str, Case]:
+        return self.make_cases()
+
+    @cached_property
+    def source(self) -> str:
+        return inspect.getsource(self.answer)
+
+    @property
+    def book(self) -> Any:
+        """The book's own part, where its chapter exports one; else the plain answer."""
+        module = import_module(f"tinylm.{self.chapter.partition('_')[2]}")
+        return getattr(module, self.answer.__name__, self.answer)
+
+    def wrong(self, words: str) -> Any:
+        """Make the answer that has one of the mistakes."""
+        text, edits = self.source, self.mistakes[words]
+        for old, new in zip(edits[::2], edits[1::2], strict=True):
+            assert old in text, f"{old!r} is not in the answer for {words!r}"
+            text = text.replace(old, new)
+        space = dict(globals())
+        exec(compile(text, "<a mistake>", "exec"), space)
+        return space[self.answer.__name__]
+
+
+PARTS: dict[str, Part] = {}
+
+
+# What cases are made of.
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Draw normal numbers, always the same ones."""
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def outcome(function: Callable, inputs: dict[str, Any], parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Call a function; return its output, what became of the inputs, and the gradients of inputs and parameters.
+
+    The gradients are those of the outputs' sum, each with a random weight: with plain sums, any softmax has none."""
+    copies = deepcopy(inputs)
+    tensors = {k: v for k, v in copies.items() if isinstance(v, Tensor)}
+    leaves = {k: v.requires_grad_() for k, v in tensors.items() if v.is_floating_point()}
+    output = function(*copies.values())
+    results = {"output": output.detach() if isinstance(output, Tensor) else output}
+    results |= {f"{k} after the call": v.detach() for k, v in tensors.items()}
+    if isinstance(output, Tensor) and output.requires_grad:
+        leaves |= parameters
+        weights = normal(*output.shape, seed=99).to(output.dtype)
+        gradients = torch.autograd.grad((output * weights).sum(), list(leaves.values()), allow_unused=True)
+        results |= {f"gradient of {k}": g for k, g in zip(leaves, gradients, strict=True) if g is not None}
+    return results
+
+
+def call(**inputs: Any) -> Case:
+    """Make the case of a function: call it with these inputs."""
+    return lambda function: outcome(function, inputs, {})
+
+
+def layer(make: type[nn.Module], *sizes: Any, **inputs: Any) -> Case:
+    """Make the case of a layer: build it in these sizes, fill it with weights, call it with the inputs."""
+    dtype = next((x.dtype for x in inputs.values() if x.is_floating_point()), torch.float32)
+    weights = {name: normal(*p.shape, seed=i).to(dtype) for i, (name, p) in enumerate(make(*sizes).named_parameters())}
+    shapes = {name: tuple(w.shape) for name, w in weights.items()}
+
+    def case(yours: Callable) -> dict[str, Any]:
+        module = yours(*sizes)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"called with {', '.join(map(str, sizes))}, it should make a module, and gives {module!r}")
+        own = dict(module.named_parameters())
+        results: dict[str, Any] = {"the list of parameters": {name: tuple(p.shape) for name, p in own.items()}}
+        if results["the list of parameters"] == shapes:
+            for name, p in own.items():
+                p.data = weights[name].clone()
+            results |= outcome(module, inputs, own)
+        return results
+    return case
+
+
+# 00: data and tokenizer
+
+def equal_weights(text: str) -> str:
+    """Take the weights out of a grammar's text, so that all options of a rule are equally likely.
+
+    A weight is a number and a space before an option. An option stands at the beginning of a line (which may be
+    indented), or after a colon or a comma and a space. Numbers inside an option stay."""
+    return re.sub(r"(?m)(^\s*|[:,]\s+)\d+ (?=\S)", r"\1", text)
+
+
+def _lines(text: str) -> Case:
+    return lambda answer: {"the list of lines": [" ".join(line.split()) for line in answer(text).split("\n")]}
+
+
+PARTS["equal_weights"] = Part("00_data", equal_weights, lambda: {
+    "a rule in lines": _lines("close:\n3 They end up <ending>\n2 {hero} slept.\n<moral>"),
+    "a rule in one line": _lines("once: 4 Once upon a time, 12 Long ago, Many summers ago, 2 Last year"),
+    "a rule that goes on in the next line": _lines("girl (he=she): 2 Mia, 3 Lily,\n    10 Rosie, Clara"),
+    "numbers inside an option": _lines("who:\n4 <name> and 7 dwarfs\n1 a fox of 3\nnight: 2 101 nights, 1 night")}, {
+    "nothing is changed": ("return re", "return text or re"),
+    "only the first number is taken out": (r'r"\1", text', r'r"\1", text, count=1'),
+    "the weights at the beginning of a line stay": (r"^\s*|", ""),
+    "the weights after a comma stay": ("[:,]", "[:]"),
+    "numbers inside an option are taken out too": (r"(^\s*|[:,]\s+)", "()")})
+
+
+def longest_match(text: bytes, vocab: dict[int, bytes]) -> list[int]:
+    """Encode by taking, at each place from the left, the longest token of the vocabulary (id -> bytes) that fits."""
+    ids = {token: i for i, token in vocab.items()}
+    found = []
+    while text:
+        length = next(n for n in range(len(text), 0, -1) if text[:n] in ids)
+        found.append(ids[text[:length]])
+        text = text[length:]
+    return found
+
+
+def _match(text: bytes) -> Case:
+    return call(text=text, vocab={i: bytes([i]) for i in range(256)} | {256: b"th", 257: b"he", 258: b"hen"})
+
+
+PARTS["longest_match"] = Part("00_tokenizer", longest_match, lambda: {
+    "then": _match(b"then"), "when": _match(b"when"), "the hen": _match(b"the hen"), "the empty text": _match(b"")}, {
+    "the shortest token that fits is taken": ("range(len(text), 0, -1)", "range(1, len(text) + 1)"),
+    "no more than two bytes are tried": ("range(len(text), 0, -1)", "range(min(2, len(text)), 0, -1)"),
+    "it goes on one byte later, whatever the token's length": ("text = text[length:]", "text = text[1:]"),
+    "the tokens are listed, not their ids": ("ids[text[:length]]", "text[:length]"),
+    "the text is read from its end": (
+        "text[:n]", "text[-n:]", "text[:length]", "text[-length:]", "text[length:]", "text[:-length]",
+        "return found", "return found[::-1]")})
+
+
+class Tokenizer:
+    r"""Encode text with the vocabulary (id -> bytes) and the merges of a byte-pair training, and decode ids.
+
+    Special tokens that the vocabulary lacks get the ids after its largest one, in their order; the others keep theirs.
+    `special_tokens` may be None. A text is cut at its
+    special tokens first (where two of them fit, the longer one counts), then into pretokens by GPT-2's pattern
+        '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+    A pretoken starts as single bytes of UTF-8. The merges are made inside of pretokens, in the order of training: the
+    earliest merge that fits, from left to right. Bytes that are no UTF-8 decode to U+FFFD (errors="replace")."""
+
+    def __init__(self, vocab: dict[int, bytes], merges: list, special_tokens: list[str] | None = None):
+        """Keep copies; `merges` are pairs of tokens in the order of training."""
+        self.special = sorted(special_tokens or [], key=len, reverse=True)
+        self.bytes_of = dict(vocab)
+        for name in [n for n in special_tokens or [] if n.encode() not in vocab.values()]:
+            self.bytes_of[max(self.bytes_of) + 1] = name.encode()
+        self.id_of = {token: i for i, token in self.bytes_of.items()}
+        self.merges = merges
+
+    def encode(self, text: str) -> list[int]:
+        """Turn a text into ids; the empty text has none."""
+        ids = []
+        cuts = "|".join(regex.escape(name) for name in self.special)
+        for piece in regex.split(f"({cuts})", text) if self.special else [text]:
+            if piece in self.special:
+                ids.append(self.id_of[piece.encode()])
+                continue
+            pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+            for word in regex.findall(pattern, piece):
+                ids.extend(self.id_of[token] for token in self._merge([bytes([b]) for b in word.encode()]))
+        return ids
+
+    def _merge(self, tokens: list[bytes]) -> list[bytes]:
+        for a, b in self.merges:
+            i = 0
+            while i + 1 < len(tokens):
+                if tokens[i] == a and tokens[i + 1] == b:
+                    tokens[i:i + 2] = [a + b]
+                i += 1
+        return tokens
+
+    def encode_iterable(self, chunks: Iterable[str]) -> Iterator[int]:
+        """Give the ids of a text that comes in chunks; wherever these are cut, the ids are those of the whole text."""
+        yield from self.encode("".join(chunks))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Turn ids into a text again."""
+        return b"".join(self.bytes_of[i] for i in ids).decode(errors="replace")
+
+
+def _encoder(special: list[str] | None, use: Callable[[Any], dict[str, Any]]) -> Case:
+    pairs = "t+h h+e t+he s+h e+_ _+t _t+he _+e y+' 1+0 10+0 _+_ \xc3+\xa9"
+    tokens = [tuple(pair.replace("_", " ").encode("latin-1").split(b"+")) for pair in pairs.split()]
+    vocab = dict(enumerate([*(bytes([b]) for b in range(256)), *(a + b for a, b in tokens), b"<|old|>"]))
+    return lambda make: use(make(dict(vocab), list(tokens), special))
+
+
+def _texts(*texts: str, special: list[str] | None = None) -> Case:
+    def use(tokenizer: Any) -> dict[str, Any]:
+        ids = {text: list(tokenizer.encode(text)) for text in texts}
+        return {f"encode({text!r})": ids[text] for text in texts} | {
+            f"decode({list(i)})": tokenizer.decode(i) for i in ids.values()}
+    return _encoder(special, use)
+
+
+def _decoded(*ids: int) -> Case:
+    return _encoder(None, lambda tokenizer: {f"decode({list(ids)})": tokenizer.decode(list(ids))})
+
+
+def _streamed(*chunks: str) -> Case:
+    return _encoder(["<|end|>"], lambda tokenizer: {
+        f"encode_iterable({list(chunks)})": list(tokenizer.encode_iterable(iter(chunks)))})
+
+
+PARTS["Tokenizer"] = Part("00_tokenizer", Tokenizer, lambda: {
+    "the empty text": _texts(""), "one word": _texts("x", "the", "she"),
+    "words with spaces": _texts("the she", "a to the end"),
+    "contractions, numbers and runs of spaces": _texts("they're", "100 10", "the   end  ", "a\n\n b"),
+    "letters of several bytes": _texts("café naïve", "日本 🙂"),
+    "a letter in two tokens, decoded together": _decoded(*"é🙂".encode()),
+    "bytes that are no text": _decoded(104, 0xC3, 105),
+    "special tokens": _texts("the<|end|>the", "<|end|>", special=["<|end|>"]),
+    "special tokens, one of which the vocabulary has": _texts("<|old|><|end|>", special=["<|end|>", "<|old|>"]),
+    "two special tokens in a row, and one that begins like another": _texts(
+        "<|a|><|a|>the", "<|a|><|b|>", special=["<|a|>", "<|a|><|b|>"]),
+    "characters that mean something in a pattern": _texts("the[x|y]the", "x", special=["[x|y]"]),
+    "a special token that was not declared": _texts("the<|end|>"),
+    "a stream of whole lines": _streamed("the end\n", "the other\n"),
+    "a stream cut in the middle of words": _streamed("the o", "ther the", "atre", "<|en", "d|>the")}, {
+    "merges are made from left to right, not in the order of training": (
+        "for a, b in self.merges:", "for a, b in [p for p in pairwise(tokens) if p in self.merges][:1]:",
+        "        return tokens", "            return self._merge(tokens)\n        return tokens"),
+    "merges cross the borders of pretokens": ("regex.findall(pattern, piece)", "[piece]"),
+    "a space is a pretoken of its own, instead of going before its word": ("findall(pattern", r'findall(r"\S+|\s+"'),
+    "the pattern takes a run of spaces whole, with the space of the next word": (r"|\s+(?!\S)", ""),
+    "characters are merged, not bytes": ("[bytes([b]) for b in word.encode()]", "[c.encode() for c in word]"),
+    "each token is decoded by itself, so letters of several bytes break": (
+        'b"".join(self.bytes_of[i] for i in ids).decode(errors="replace")',
+        '"".join(self.bytes_of[i].decode(errors="replace") for i in ids)'),
+    "bytes that are no UTF-8 raise an error: errors='replace'": ('errors="replace"', ""),
+    "a special token that the vocabulary has gets a second id": (" if n.encode() not in vocab.values()", ""),
+    "special tokens are split like other text": (" if self.special else [text]", " if False else [text]"),
+    "special tokens are lost when the text is cut at them": ('f"({cuts})"', 'f"(?:{cuts})"'),
+    "the shorter of two special tokens wins": (", reverse=True", ""),
+    "special tokens are not escaped (regex.escape)": ("regex.escape(name)", "name"),
+    "`special_tokens=None` is not handled": ("special_tokens or []", "special_tokens"),
+    "each chunk of a stream is encoded by itself": (
+        'yield from self.encode("".join(chunks))', "for chunk in chunks:\n            yield from self.encode(chunk)")})
+
+
+def train_bpe(
+    input_path: str, vocab_size: int, special_tokens: list[str]
+) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
+    r"""Train byte-pair encoding on a text file (UTF-8, its line ends as they are); return vocabulary and merges.
+
+    The text is cut at its special tokens, and what lies between them into pretokens by GPT-2's pattern
+        '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+    Pairs are counted inside of pretokens, as often as these occur. Each merge joins the most frequent pair everywhere,
+    from left to right; of several, the greatest pair of byte strings (Python's max of tuples) wins. The vocabulary is
+    id -> bytes: the 256 bytes, a token a merge, then the special tokens, `vocab_size` in all.
+    The merges are pairs of bytes in the order in which they were made."""
+    with open(input_path, encoding="utf-8", newline="") as file:
+        pieces = [file.read()]
+    for name in special_tokens:
+        pieces = [part for piece in pieces for part in piece.split(name)]
+    counts: dict[tuple[bytes, ...], int] = {}
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    for piece in pieces:
+        for word in regex.findall(pattern, piece):
+            key = tuple(bytes([b]) for b in word.encode())
+            counts[key] = counts.get(key, 0) + 1
+    vocab = {i: bytes([i]) for i in range(256)}
+    merges: list[tuple[bytes, bytes]] = []
+    while len(vocab) + len(special_tokens) < vocab_size:
+        pairs: dict[tuple[bytes, bytes], int] = {}
+        for tokens, n in counts.items():
+            for pair in pairwise(tokens):
+                pairs[pair] = pairs.get(pair, 0) + n
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merged: dict[tuple[bytes, ...], int] = {}
+        for tokens, n in counts.items():
+            new: list[bytes] = []
+            for token in tokens:
+                if new and (new[-1], token) == best:
+                    new[-1] = best[0] + best[1]
+                else:
+                    new.append(token)
+            merged[tuple(new)] = merged.get(tuple(new), 0) + n
+        counts = merged
+        merges.append(best)
+        vocab[len(vocab)] = best[0] + best[1]
+    for name in special_tokens:
+        vocab[len(vocab)] = name.encode()
+    return vocab, merges
+
+
+def _corpus(text: str, merges: int, *special: str) -> Case:
+    def case(train: Callable) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "corpus.txt"
+            path.write_text(text, encoding="utf-8", newline="")
+            vocab, chosen = train(str(path), 256 + len(special) + merges, list(special))
+        return {"the list of merges": [tuple(pair) for pair in chosen], "the vocabulary": vocab}
+    return case
+
+
+_STORY = """Once upon a time there was a shy fox named Mia. She lived near the old mill, and what she liked best was
+honey cake. One day the bear who lived next door called: "Come out, come out!" But Mia did not dare to go.<|end|>
+Long ago a curious rabbit named Tom lost his hat in the wind. "My hat, my hat!" cried Tom. The wind did not answer."""
+
+PARTS["train_bpe"] = Part("00_tokenizer", train_bpe, lambda: {
+    "one word, once": _corpus("abab", 1), "a tie": _corpus("ab cd", 1),
+    "one merge builds on another": _corpus("low low low lower lower newest", 3),
+    "a word that is repeated counts more": _corpus("xy xy xy xy ab abab", 2),
+    "a tie between tokens of several bytes": _corpus("ab ab ab abz abz abc abc abq", 3),
+    "a run of one letter": _corpus("aaaaa aaa", 2),
+    "spaces and line ends": _corpus("a b a b\na b\n\nb a", 2),
+    "a special token": _corpus("<<|<|end|>a b<|end|>a b<|end|>", 2, "<|end|>"),
+    "texts around special tokens": _corpus("<|end|>".join(["xa"] * 4 + ["bc"]), 2, "<|end|>"),
+    "letters of several bytes": _corpus("éé éé éa 日日 日", 4),
+    "two stories": _corpus(_STORY, 30, "<|end|>")}, {
+    "ties go to the smaller pair, not to the greater one": (
+        "max(pairs, key=lambda pair: (pairs[pair], pair))", "min(pairs, key=lambda pair: (-pairs[pair], pair))"),
+    "ties go to the pair that came first": ("(pairs[pair], pair))", "pairs[pair])"),
+    "ties are decided by ids, not by the bytes": (
+        "(pairs[pair], pair))", "(pairs[pair], [list(vocab.values()).index(token) for token in pair]))"),
+    "ties are decided by the joined bytes, not by the pair": ("(pairs[pair], pair))", "(pairs[pair], b''.join(pair)))"),
+    "pairs are counted across pretokens": ("regex.findall(pattern, piece)", "[piece]"),
+    "every pretoken counts once, however often it occurs": ("counts.get(key, 0) + 1", "1"),
+    "special tokens are merged like other text": ("in piece.split(name)", "in [piece]"),
+    "the text around a special token is joined": ("in piece.split(name)", "in [piece.replace(name, '')]"),
+    "the special tokens are missing in the vocabulary": ("vocab[len(vocab)] = name.encode()", "pass"),
+    "it stops one merge early": ("< vocab_size", "< vocab_size - 1"),
+    "it makes one merge too many": ("< vocab_size", "<= vocab_size")})
+
+
+# 01: layers
+
+class Linear(nn.Module):
+    """Multiply the last axis of x (..., d_in) by a matrix: y = x W^T of shape (..., d_out), without a bias.
+
+    The matrix is a parameter called `weight` of shape (d_out, d_in)."""
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(d_out, d_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+PARTS["Linear"] = Part("01_layers", Linear, lambda: {
+    "one vector, 3 to 2": layer(Linear, 3, 2, x=normal(3)),
+    "a batch of sequences": layer(Linear, 3, 2, x=normal(2, 4, 3)),
+    "a square layer": layer(Linear, 3, 3, x=normal(4, 3)),
+    "float64 stays float64": layer(Linear, 3, 2, x=normal(4, 3).double())}, {
+    "the weight is stored as (d_in, d_out), not as (d_out, d_in)": ("randn(d_out, d_in)", "randn(d_in, d_out)",
+                                                                    "weight.T", "weight"),
+    "there is a bias": ("d_out, d_in))", "d_out, d_in))\n        self.bias = nn.Parameter(torch.zeros(d_out))",
+                        "weight.T", "weight.T + self.bias"),
+    "the weight is a plain tensor, not an nn.Parameter": ("nn.Parameter", ""),
+    "the weight is not transposed (x @ W, not x @ W.T)": ("weight.T", "weight"),
+    "the result is cut off from the graph (.detach(), .data or no_grad)": ("weight.T", "weight.T.detach()")})
+
+
+class Embedding(nn.Module):
+    """Look up a vector for each id, whatever the shape (...) of `ids` (integers from 0): the result is (..., D).
+
+    The table is a parameter called `weight` of shape (num_embeddings, embedding_dim); row i belongs to id i."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_embeddings, embedding_dim))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight[ids]
+
+
+PARTS["Embedding"] = Part("01_layers", Embedding, lambda: {
+    "one id": layer(Embedding, 5, 3, ids=torch.tensor([2])),
+    "a batch of sequences": layer(Embedding, 5, 3, ids=torch.tensor([[1, 4], [3, 2]])),
+    "the first id and the last": layer(Embedding, 5, 3, ids=torch.tensor([0, 4])),
+    "an id that occurs twice": layer(Embedding, 5, 3, ids=torch.tensor([3, 1, 3]))}, {
+    "the table is stored as (embedding_dim, num_embeddings)": ("randn(num_embeddings, embedding_dim)",
+                                                               "randn(embedding_dim, num_embeddings)"),
+    "the table is a plain tensor, not an nn.Parameter": ("nn.Parameter", ""),
+    "ids are counted from 1": ("[ids]", "[ids - 1]"),
+    "the vectors are multiplied by sqrt(embedding_dim)": ("[ids]", "[ids] * self.weight.shape[1] ** 0.5"),
+    "the batch is flattened and not restored": ("[ids]", "[ids.flatten()]"),
+    "the result is cut off from the graph (.data, .detach() or no_grad)": ("weight[ids]", "weight.data[ids]")})
+
+
+class RMSNorm(nn.Module):
+    """Divide each vector by its root mean square, then multiply it by a gain (Zhang and Sennrich 2019).
+
+        y = x / sqrt(mean(x * x) + eps) * weight
+
+    The mean runs over the last axis of x (..., D). The gain is a parameter called `weight` of shape (D). Half precision
+    (float16, bfloat16) is computed in float32, and the result has the dtype of x."""
+
+    def __init__(self, d_model: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float() if x.element_size() < 4 else x
+        y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        return y.to(x.dtype)
+
+
+PARTS["RMSNorm"] = Part("01_layers", RMSNorm, lambda: {
+    "one vector": layer(RMSNorm, 8, x=normal(8)),
+    "a batch of sequences": layer(RMSNorm, 8, x=normal(2, 3, 8)),
+    "eps = 0.5": layer(RMSNorm, 8, 0.5, x=normal(3, 8)),
+    "numbers so small that the default epsilon counts": layer(RMSNorm, 8, x=normal(3, 8, scale=1e-3)),
+    "a vector of zeros": layer(RMSNorm, 8, x=torch.zeros(2, 8)),
+    "float64 stays float64": layer(RMSNorm, 8, x=normal(3, 8).double()),
+    "bfloat16 stays bfloat16": layer(RMSNorm, 8, x=normal(3, 8).bfloat16()),
+    "float16, numbers in the thousands": layer(RMSNorm, 8, x=normal(3, 8, scale=2e3).half())}, {
+    "epsilon is added outside the root": ("torch.sqrt(", "(torch.sqrt(", " + self.eps)", ") + self.eps)"),
+    "epsilon is missing": (" + self.eps", ""),
+    "epsilon is 1e-5, whatever `eps` says": ("self.eps = eps", "self.eps = 1e-5"),
+    "the mean is subtracted first, as in LayerNorm": ("else x\n", "else x\n        y = y - y.mean(-1, keepdim=True)\n"),
+    "the gain (`weight`) is missing": (" * self.weight", ""),
+    "the gain is 1 + weight": ("* self.weight", "* (1 + self.weight)"),
+    "the root is missing": ("torch.sqrt", ""),
+    "the squares are summed, not averaged": (".mean(", ".sum("),
+    "the mean runs over all axes, not over the last": ("-1, keepdim=True", ""),
+    "the mean lost its axis (keepdim=True)": (", keepdim=True", ""),
+    "half precision is not lifted to float32, so the squares overflow": ("x.float() if", "x if"),
+    "the result is not turned back into the dtype of x": ("y.to(x.dtype)", "y")})
+
+
+class SwiGLU(nn.Module):
+    """Compute y = W2 (silu(W1 x) * W3 x), a feed-forward network with a gate (Shazeer 2020); silu(a) = a * sigmoid(a).
+
+    x has the shape (..., d_model), as the result. The three linear layers, without biases, are attributes called `w1`,
+    `w2` and `w3`, each with a `weight`: (d_ff, d_model) for w1 and w3, (d_model, d_ff) for w2. Gradients stay
+    finite for hidden values in the hundreds."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.w1 = nn.Linear(d_model, d_ff, bias=False)
+        self.w2 = nn.Linear(d_ff, d_model, bias=False)
+        self.w3 = nn.Linear(d_model, d_ff, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.w1(x), self.w3(x)
+        return self.w2(a * torch.sigmoid(a) * b)
+
+
+PARTS["SwiGLU"] = Part("01_layers", SwiGLU, lambda: {
+    "one vector": layer(SwiGLU, 4, 6, x=normal(4)), "a batch of sequences": layer(SwiGLU, 4, 6, x=normal(2, 3, 4)),
+    "float64 stays float64": layer(SwiGLU, 4, 6, x=normal(3, 4).double()),
+    "numbers in the hundreds": layer(SwiGLU, 4, 6, x=normal(3, 4, scale=200))}, {
+    "w2 and w3 have exchanged shapes": ("self.w2", "self.other", "self.w3", "self.w2", "self.other", "self.w3"),
+    "w1 and w3 are exchanged: silu belongs to w1": ("a, b =", "b, a ="),
+    "the gate is a sigmoid, not silu": ("a * torch.sigmoid(a)", "torch.sigmoid(a)"),
+    "the gate is relu, not silu": ("a * torch.sigmoid(a)", "torch.relu(a)"),
+    "silu is missing": ("a * torch.sigmoid(a)", "a"),
+    "the two branches are added, not multiplied": ("(a) * b", "(a) + b"),
+    "w3 is not used: there is no gate": ("(a) * b", "(a)"),
+    "silu as x / (1 + exp(-x)) has no gradient where exp overflows": ("a * torch.sigmoid(a)", "a / (1 + (-a).exp())")})
+
+
+def softmax(x: Tensor, dim: int) -> Tensor:
+    """Turn scores into shares that sum to one along the axis `dim`: exp(x_i) / sum_j exp(x_j).
+
+    The result has the shape and dtype of x. Scores around 1000 or -1000 must not overflow or vanish, also where one row
+    lies far below another, and a score of minus infinity gets the share zero. x itself stays as it is."""
+    shifted = x - x.max(dim, keepdim=True).values
+    powers = torch.exp(shifted)
+    return powers / powers.sum(dim, keepdim=True)
+
+
+PARTS["softmax"] = Part("01_layers", softmax, lambda: {
+    "three scores": call(x=torch.tensor([1.0, 2.0, 3.0]), dim=-1),
+    "a matrix, along its rows": call(x=normal(2, 5), dim=-1),
+    "a matrix, along its columns": call(x=normal(2, 5), dim=0),
+    "three axes, along the middle one": call(x=normal(2, 3, 4), dim=1),
+    "scores around 1000": call(x=1000 + normal(2, 3), dim=-1),
+    "scores around -1000": call(x=-1000 + normal(2, 3), dim=-1),
+    "three high scores and a low one": call(x=torch.tensor([0.0, 100.0, 100.0, 100.0]), dim=-1),
+    "one row far below the other": call(x=torch.tensor([[0.0, 1.0], [-1000.0, -1001.0]]), dim=-1),
+    "a score of minus infinity": call(x=torch.tensor([-math.inf, 0.0, 1.0]), dim=-1),
+    "bfloat16 stays bfloat16": call(x=normal(3).bfloat16(), dim=-1),
+    "float64 stays float64": call(x=normal(3).double(), dim=-1)}, {
+    "the maximum is not subtracted first, so exp overflows": ("x - x.max(dim, keepdim=True).values", "x"),
+    "the maximum of the whole tensor is subtracted, not that along `dim`": (".max(dim, keepdim=True).values", ".max()"),
+    "the sum runs over the last axis, whatever `dim` says": ("(dim, keepdim", "(-1, keepdim"),
+    "the sum, or the maximum, lost its axis (keepdim=True)": ("powers.sum(dim, keepdim=True)", "powers.sum(dim)"),
+    "`max(dim)` gives a pair: take its `.values`": (".values", ""),
+    "exp is missing": ("torch.exp(shifted)", "x"),
+    "the input is changed in place": ("shifted = x - ", "shifted = x.sub_(", "values\n", "values)\n"),
+    "the result is float32 whatever the input is": ("shifted = x", "x = x.float()\n    shifted = x")})
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """Subtract the mean over the last axis of x (..., D), then divide by the standard deviation; there are no gains.
+
+    The variance is the mean of the squares (divided by D, not by D - 1), and the epsilon 1e-5 is added to it."""
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+PARTS["layer_norm"] = Part("01_layers", layer_norm, lambda: {
+    "a batch of sequences": call(x=3 + normal(2, 5, 8)),
+    "numbers so small that epsilon counts": call(x=normal(2, 8, scale=1e-3))}, {
+    "the mean is not subtracted": ("x - x.mean(-1, keepdim=True)", "x"),
+    "the mean runs over all axes, not over the last": ("x.mean(-1, keepdim=True)", "x.mean()"),
+    "the variance divides by D - 1": ("square().mean(-1, keepdim=True)", "var(-1, keepdim=True)"),
+    "the root is missing": (".sqrt()", ""),
+    "epsilon is missing": (" + 1e-5", ""),
+    "epsilon is added outside the root": (" + 1e-5).sqrt()", ").sqrt().add(1e-5)")})
+
+
+def log_softmax(x: Tensor, dim: int) -> Tensor:
+    """Take the logarithm of the softmax along the axis `dim`: x_i - log sum_j exp(x_j).
+
+    The result has the shape and dtype of x. Scores around 1000 must not overflow, nor the logarithm of zero be taken,
+    also where one row lies far below another."""
+    shifted = x - x.max(dim, keepdim=True).values
+    return shifted - shifted.exp().sum(dim, keepdim=True).log()
+
+
+PARTS["log_softmax"] = Part("01_layers", log_softmax, lambda: {
+    "a matrix, along its rows": call(x=torch.tensor([[1.0, 2.0], [3.0, -4.0]]), dim=1),
+    "along its columns": call(x=torch.tensor([[1.0, 2.0], [3.0, -4.0]]), dim=0),
+    "a score of 1000": call(x=torch.tensor([1000.0, 0.0]), dim=0),
+    "one row far below the other": call(x=torch.tensor([[0.0, 1.0], [-1000.0, -1001.0]]), dim=-1),
+    "float64 stays float64": call(x=normal(3).double(), dim=-1)}, {
+    "the logarithm of a softmax that has become 0": (
+        "shifted - shifted.exp().sum(dim, keepdim=True).log()",
+        "(shifted.exp() / shifted.exp().sum(dim, keepdim=True)).log()"),
+    "the maximum is not subtracted": ("x - x.max(dim, keepdim=True).values", "x"),
+    "the maximum of the whole tensor is subtracted": ("x.max(dim, keepdim=True).values", "x.max()"),
+    "`dim` is ignored": ("(dim, keepdim", "(-1, keepdim"),
+    "the logarithm is missing": ("shifted - shifted.exp().sum(dim, keepdim=True).log()",
+                                 "shifted.exp() / shifted.exp().sum(dim, keepdim=True)"),
+    "the logarithm of the sum is added, not subtracted": ("return shifted -", "return shifted +")})
+
+
+# 02: rotary positions
+
+class RotaryPositionalEmbedding(nn.Module):
+    """Turn each pair of features by an angle that grows with the position (Su et al. 2021).
+
+    The pairs are neighbors, (x[2i], x[2i + 1]) for i = 0, 1, ..., d_k / 2 - 1. At position p (from 0), pair i turns
+    counterclockwise by the angle a = p * theta^(-2i / d_k):
+        (even, odd) -> (even cos a - odd sin a, even sin a + odd cos a)
+    x has the shape (..., T, d_k), `token_positions` (T), integers below `max_seq_len` in any order. The result has the
+    shape and dtype of x, each number in the place of the one that it replaces. There are no parameters."""
+
+    angles: Tensor
+
+    def __init__(self, theta: float, d_k: int, max_seq_len: int):
+        super().__init__()
+        speeds = theta ** (-torch.arange(0, d_k, 2, dtype=torch.float64) / d_k)
+        self.register_buffer("angles", torch.arange(max_seq_len)[:, None] * speeds)
+
+    def forward(self, x: Tensor, token_positions: Tensor) -> Tensor:
+        angles = self.angles[token_positions]
+        cos, sin = angles.cos(), angles.sin()
+        even, odd = x[..., 0::2], x[..., 1::2]
+        pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+        return pairs.flatten(-2).to(x.dtype)
+
+
+def _positions(*positions: int, d_k: int = 4, theta: float = 10_000.0, batch: tuple[int, ...] = ()) -> Case:
+    x = normal(*batch, len(positions), d_k)
+    return layer(RotaryPositionalEmbedding, theta, d_k, 64, x=x, token_positions=torch.tensor(positions))
+
+
+PARTS["RoPE"] = Part("02_rope", RotaryPositionalEmbedding, lambda: {
+    "position 0, where nothing turns": _positions(0),
+    "position 1, a single pair": _positions(1, d_k=2),
+    "positions 0 to 3, two pairs": _positions(0, 1, 2, 3),
+    "positions in any order": _positions(5, 2, 9, 2),
+    "theta = 100, four pairs": _positions(0, 1, 2, d_k=8, theta=100.0),
+    "a batch with heads": _positions(0, 1, 2, d_k=8, batch=(2, 3)),
+    "the last position, 63": _positions(62, 63),
+    "bfloat16 stays bfloat16": layer(
+        RotaryPositionalEmbedding, 10_000.0, 4, 64, x=normal(3, 4).bfloat16(), token_positions=torch.arange(3))}, {
+    "the pairs are (i, i + d_k/2), the halves, and not (2i, 2i + 1)": (
+        "x[..., 0::2], x[..., 1::2]", "x.chunk(2, -1)", "torch.stack", "torch.cat", ".flatten(-2)", ""),
+    "it turns the wrong way: the signs of the sines are exchanged": ("angles.sin()", "-angles.sin()"),
+    "the positions are counted from 1": ("[token_positions]", "[(token_positions + 1) % 64]"),
+    "the positions given are ignored": ("[token_positions]", "[: x.shape[-2]]"),
+    "the exponent is -i / d_k, not -2i / d_k": ("torch.float64) / d_k", "torch.float64) / 2 / d_k"),
+    "the exponent is -2i / (d_k / 2), not -2i / d_k": ("torch.float64) / d_k", "torch.float64) * 2 / d_k"),
+    "all pairs turn equally fast": ("(-torch", "(0 * torch"),
+    "theta is 10000, whatever the argument says": ("= theta **", "= 1e4 **"),
+    "the turned pairs are laid end to end, not put back in place": ("torch.stack", "torch.cat", ".flatten(-2)", ""),
+    "the result is not turned back into the dtype of x": (".to(x.dtype)", ".float()")})
+
+
+def query_for_distance(key: Tensor, distance: int) -> Tensor:
+    """Turn a key (K) into a query that scores highest against equal keys `distance` places before it.
+
+    Both are turned by RoPE after that, each at its own position, with theta = 10,000."""
+    angles = rope_angles(torch.tensor(distance), len(key))
+    return apply_rope(key, angles.cos(), -angles.sin())
+
+
+def _looks_back(distance: int) -> Case:
+    def case(answer: Callable) -> dict[str, Any]:
+        key, angles = torch.tensor([1.0, 0.0] * 8), rope_angles(torch.arange(10), 16)
+        turned = [apply_rope(x.expand(10, 16), angles.cos(), angles.sin()) for x in (key, answer(key, distance))]
+        return {"the distance of the highest score": 9 - int((turned[0] @ turned[1][9]).argmax())}
+    return case
+
+
+PARTS["query_for_distance"] = Part("02_rope", query_for_distance, lambda: {
+    f"{distance} places back": _looks_back(distance) for distance in (0, 3, 5, 8)}, {
+    "the key is not turned": ("apply_rope(key, angles.cos(), -angles.sin())", "key"),
+    "it is turned the wrong way and looks ahead": ("-angles.sin()", "angles.sin()"),
+    "it looks one place too far": ("torch.tensor(distance)", "torch.tensor(distance + 1)"),
+    "it looks one place too near": ("torch.tensor(distance)", "torch.tensor(max(0, distance - 1))"),
+    "it is turned twice": ("torch.tensor(distance)", "torch.tensor(2 * distance)")})
+
+
+# 03: the model
+
+def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Average the values, weighted by how well their keys fit each query: softmax(q k^T / sqrt(K)) v.
+
+    q has the shape (..., T, K), k and v (..., S, K), the result (..., T, K), in their dtype. `mask` (T, S),
+    or with a batch before it, is bool: True means that a query may attend to a key, and the weights of those sum to
+    one. A query that may attend to nothing gets zeros. Scores in the thousands must not overflow. The
+    inputs and the mask stay as they are."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = torch.softmax(scores, dim=-1)
+    if mask is not None:
+        weights = weights.masked_fill(~mask, 0.0)
+    return weights @ v
+
+
+def _attend(*batch: int, keys: int = 3, mask: Any = None, scale: float = 1.0, dtype: Any = torch.float32) -> Case:
+    q, k, v = (normal(*batch, n, 4, seed=i, scale=scale).to(dtype) for i, n in enumerate((3, keys, keys)))
+    return call(q=q, k=k, v=v, mask=mask)
+
+
+def _attention_cases() -> dict[str, Case]:
+    causal = torch.ones(3, 3).tril().bool()
+    nothing = torch.tensor([[True, False, False], [False, False, False], [True, True, True]])
+    high = normal(3, 4, scale=99).abs()
+    return {
+        "no mask": _attend(), "more keys than queries": _attend(keys=5), "a causal mask": _attend(mask=causal),
+        "a mask with more keys than queries": _attend(keys=5, mask=torch.ones(3, 5).tril(2).bool()),
+        "a batch with heads, one mask for all": _attend(2, 2, mask=causal),
+        "a batch with heads, a mask for each sequence": _attend(
+            2, 2, mask=torch.stack([causal, torch.ones(3, 3, dtype=torch.bool)])[:, None]),
+        "scores in the thousands": _attend(scale=50, mask=causal),
+        "scores in the thousands, all negative": call(q=high, k=-normal(3, 4, seed=1, scale=99).abs(), v=normal(3, 4),
+                                                      mask=causal),
+        "bfloat16 stays bfloat16": torch.no_grad()(_attend(mask=causal, dtype=torch.bfloat16)),
+        "float64 stays float64": _attend(mask=causal, dtype=torch.float64),
+        "a query that may look at nothing": torch.no_grad()(_attend(mask=nothing)),
+    }
+
+
+_NO_ZEROS = "weights.masked_fill(~mask, 0.0)", "weights"
+PARTS["attention"] = Part("03_model", scaled_dot_product_attention, _attention_cases, {
+    "sqrt(d_k) is missing": (" / math.sqrt(q.shape[-1])", ""),
+    "the scores are divided by d_k, not by its root": ("math.sqrt(q.shape[-1])", "q.shape[-1]"),
+    "`k.T` turns the axes of the batch around too: `k.transpose(-2, -1)`": (
+        "k.transpose(-2, -1)", "k.permute(*range(k.dim())[::-1])"),
+    "softmax runs over the queries, not over the keys": ("dim=-1", "dim=-2"),
+    "there is no softmax": ("torch.softmax(scores, dim=-1)", "scores"),
+    "keys and values are exchanged": ("    scores = q", "    k, v = v, k\n    scores = q"),
+    "the mask is inverted: True means may attend": ("~mask", "mask"),
+    "the mask is inverted, so a row has nothing to attend: True means may attend": (*_NO_ZEROS, "~mask", "mask"),
+    "the mask is ignored": ("mask is not None", "False"),
+    "the mask is added to the scores as 0 and 1": (*_NO_ZEROS, ".masked_fill(~mask, -math.inf)", " + mask.float()"),
+    "masked scores are set to 0, and exp(0) is 1": (*_NO_ZEROS, "-math.inf", "0.0"),
+    "masked scores are set to a number that is not low enough": (*_NO_ZEROS, "-math.inf", "-1e3"),
+    "the mask comes after the softmax, so the weights no longer sum to one": (".masked_fill(~mask, -math.inf)", ""),
+    "the maximum is not subtracted in the softmax": (
+        "torch.softmax(scores, dim=-1)", "scores.exp() / scores.exp().sum(-1, keepdim=True)"),
+    "the result is float32 whatever the inputs are": (
+        "    scores = q", "    q, k, v = q.float(), k.float(), v.float()\n    scores = q"),
+    "a row of -inf alone gives NaN: set masked weights to 0": _NO_ZEROS,
+    "a query without keys averages all values: set masked weights to 0": (*_NO_ZEROS, "-math.inf", "-1e30")})
+
+
+def multi_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attend with the queries of all heads (B, H, T, K) to keys and values (B, S, K) that the heads share.
+
+    The result is softmax(q k^T / sqrt(K)) v of shape (B, H, T, K); `mask` (T, S), True: may attend."""
+    scores = q @ k[:, None].mT / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ v[:, None]
+
+
+def _shared(batch: int, heads: int, mask: Tensor | None = None) -> Case:
+    return call(q=normal(batch, heads, 3, 4), k=normal(batch, 3, 4, seed=1), v=normal(batch, 3, 4, seed=2), mask=mask)
+
+
+PARTS["multi_query_attention"] = Part("03_model", multi_query_attention, lambda: {
+    "a single text": _shared(1, 2), "two texts, three heads": _shared(2, 3), "as many texts as heads": _shared(2, 2),
+    "a causal mask": _shared(2, 3, torch.ones(3, 3).tril().bool())}, {
+    "the batch is taken for the heads: give k and v an axis in their place": ("k[:, None]", "k", "v[:, None]", "v"),
+    "the mask is ignored": ("mask is not None", "False"),
+    "the mask is inverted: True means may attend": ("~mask", "mask"),
+    "the scores are divided by the root of H K, not of K": ("q.shape[-1]", "q.shape[-1] * q.shape[1]"),
+    "the heads are averaged": ("scores.softmax(-1) @ v[:, None]", "(scores.softmax(-1) @ v[:, None]).mean(1)")})
+
+
+def long_context(config: ModelConfig) -> int:
+    """Find the first context length at which attention's scores and averages cost more than the blocks' matrices.
+
+    Per token, a matrix of P numbers costs 2P operations; at context length T, scores and averages cost 4 T d_model a
+    block. The matrices are those of attention and feed-forward network; the head does not count."""
+    parts = parameter_table(config)
+    return (parts["attention"] + parts["feed-forward"]) // (2 * config.num_layers * config.d_model) + 1
+
+
+PARTS["long_context"] = Part("03_model", long_context, lambda: {
+    "a small model": call(config=ModelConfig(d_model=64, num_heads=4, d_ff=192)),
+    "the reference model": call(config=ModelConfig())}, {
+    "the feed-forward network is left out": (' + parts["feed-forward"]', ""),
+    "the head is counted too": (' + parts["feed-forward"]', ' + parts["feed-forward"] + parts["head"]'),
+    "at this length the two are equal: one more is wanted": (" + 1", ""),
+    "only the scores are counted, not the averages": ("(2 * config", "(1 * config"),
+    "one block's attention is compared with all blocks' matrices": ("config.num_layers * ", "")})
+
+
+# 04: loss and optimizer
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Average the surprise at the targets, in nats: the mean over all positions of log sum_j exp(z_j) - z_target.
+
+    logits z has the shape (..., V), targets (...), integers from 0; the result is a scalar of the dtype of the logits.
+    Logits around 1000 must not overflow, also where one row lies far below another, and a target that seemed
+    impossible must cost what it costs, not infinity."""
+    shifted = logits - logits.max(-1, keepdim=True).values
+    log_sum = shifted.exp().sum(-1).log()
+    right = shifted.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return (log_sum - right).mean()
+
+
+PARTS["cross_entropy"] = Part("04_optim", cross_entropy, lambda: {
+    "one position": call(logits=torch.tensor([[1.0, 2.0, 0.5]]), targets=torch.tensor([1])),
+    "four positions": call(logits=normal(4, 5), targets=torch.tensor([3, 0, 4, 4])),
+    "a batch of sequences": call(logits=normal(2, 3, 5), targets=torch.tensor([[3, 0, 4], [4, 1, 1]])),
+    "logits around 1000": call(logits=1000 + normal(2, 3), targets=torch.tensor([0, 2])),
+    "a target that seemed impossible": call(logits=torch.tensor([[0.0, 200.0]]), targets=torch.tensor([0])),
+    "one row far below the other": call(
+        logits=torch.tensor([[0.0, 1.0], [-1000.0, -1001.0]]), targets=torch.tensor([0, 1])),
+    "float64 stays float64": call(logits=normal(2, 3).double(), targets=torch.tensor([0, 2]))}, {
+    "the minus sign is missing": ("log_sum - right", "right - log_sum"),
+    "the losses are summed, not averaged": (".mean()", ".sum()"),
+    "the losses are not averaged": (".mean()", ""),
+    "the logarithm has base 2": (".mean()", ".mean() / math.log(2)"),
+    "softmax is applied twice: the argument is logits": ("    shifted", "    logits = logits.softmax(-1)\n    shifted"),
+    "the maximum is not subtracted first, so exp overflows": ("logits - logits.max(-1, keepdim=True).values", "logits"),
+    "the maximum of the whole tensor is subtracted, not that of each row": (".max(-1, keepdim=True).values", ".max()"),
+    "the maximum is subtracted in the sum, but not from the target's logit": ("right = shifted", "right = logits"),
+    "the logarithm of a softmax that has become 0": ("(log_sum - right)", "-(right.exp() / log_sum.exp()).log()"),
+    "the result is cut off from the graph (.item(), .detach() or no_grad)": (".mean()", ".mean().detach()")})
+
+
+def cosine_lr(step: int, max_lr: float, min_lr: float, warmup_iters: int, cosine_cycle_iters: int) -> float:
+    """Compute the learning rate of a step t: a linear warm-up, then half a cosine.
+
+    t < warmup_iters: max_lr * t / warmup_iters. Up to cosine_cycle_iters, in which the warm-up is included:
+    min_lr + (max_lr - min_lr) * (1 + cos(pi * s)) / 2, where the share s rises from 0 at warmup_iters to 1 at
+    cosine_cycle_iters. After that: min_lr. warmup_iters = 0 means no warm-up."""
+    if step < warmup_iters:
+        return max_lr * step / warmup_iters
+    if step > cosine_cycle_iters:
+        return min_lr
+    share = (step - warmup_iters) / (cosine_cycle_iters - warmup_iters)
+    return min_lr + (max_lr - min_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+def _rates(*steps: int, warmup: int = 10) -> Case:
+    return lambda schedule: {f"the rate of step {t}": schedule(t, 1.0, 0.1, warmup, 50) for t in steps}
+
+
+PARTS["cosine_lr"] = Part("04_optim", cosine_lr, lambda: {
+    "during the warm-up": _rates(0, 1, 5, 9), "at the end of the warm-up": _rates(10, 11), "halfway down": _rates(30),
+    "anywhere on the way": _rates(17, 42, 49), "at cosine_cycle_iters": _rates(50),
+    "after the end": _rates(51, 70, 1000), "without a warm-up": _rates(0, 1, 25, warmup=0)}, {
+    "the warm-up is one step ahead: (step + 1) / warmup_iters": ("* step", "* (step + 1)"),
+    "the warm-up is one step behind: (step - 1) / warmup_iters": ("* step", "* (step - 1)"),
+    "warmup_iters = 0 divides by zero": ("    if step <", "    rise = step / warmup_iters\n    if step <"),
+    "the warm-up starts at min_lr, not at 0": ("max_lr * step / warmup_iters",
+                                               "min_lr + (max_lr - min_lr) * step / warmup_iters"),
+    "there is no warm-up": ("    if step <", "    warmup_iters = 0\n    if step <"),
+    "min_lr is ignored: the cosine ends at 0": ("    if step <", "    min_lr = 0.0\n    if step <"),
+    "the cosine starts at step 0, not at the end of the warm-up": (
+        "(step - warmup_iters) / (cosine_cycle_iters - warmup_iters)", "step / cosine_cycle_iters"),
+    "the decay is a straight line, not a cosine": ("(1 + math.cos(math.pi * share)) / 2", "(1 - share)"),
+    "pi is missing: the cosine takes radians": ("math.pi * share", "share"),
+    "the factor 1/2 is missing": (" * share)) / 2", " * share))"),
+    "after cosine_cycle_iters the rate rises again": ("step > cosine_cycle_iters", "False"),
+    "after cosine_cycle_iters the rate is 0, not min_lr": ("        return min_lr\n", "        return 0.0\n")})
+
+
+def clip_grad_norm(params: Iterable[Tensor], max_l2_norm: float) -> Tensor | float:
+    """Scale all gradients together, in place, if their joint L2 norm exceeds `max_l2_norm`; return that norm.
+
+    It is the norm before scaling. The factor is max_l2_norm / (norm + 1e-6), never above 1. `params` may be a
+    generator, which can be read once only; parameters whose `.grad` is None are passed over. Gradients keep their dtype."""
+    grads = [p.grad for p in params if p.grad is not None]
+    norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
+    if norm > max_l2_norm:
+        for g in grads:
+            g *= max_l2_norm / (norm + 1e-6)
+    return norm
+
+
+def _clip(*gradients: list[float] | None, limit: float = 1.0, once: bool = False, dtype: Any = torch.float32) -> Case:
+    def case(clip: Callable) -> dict[str, Any]:
+        params = [nn.Parameter(torch.zeros(len(g or [0.0]), dtype=dtype)) for g in gradients]
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = None if g is None else torch.tensor(g, dtype=dtype)
+        norm = clip(iter(params) if once else params, limit)
+        results = {"the norm": float(norm) if isinstance(norm, Tensor) and norm.numel() == 1 else norm}
+        return results | {f"gradient {i}": p.grad for i, p in enumerate(params) if p.grad is not None}
+    return case
+
+
+PARTS["clip_grad_norm"] = Part("04_optim", clip_grad_norm, lambda: {
+    "one long gradient": _clip([3.0, 4.0]), "a gradient below the limit": _clip([0.3, 0.4]),
+    "a limit of 2": _clip([3.0, 4.0], limit=2.0), "two parameters": _clip([3.0, 0.0], [0.0, 4.0]),
+    "one of them below the limit by itself": _clip([0.5], [12.0]),
+    "a parameter without a gradient": _clip([3.0], None, [4.0]), "gradients of zero": _clip([0.0, 0.0]),
+    "a gradient as small as the epsilon 1e-6": _clip([3e-6, 4e-6], limit=1e-6),
+    "float64 stays float64": _clip([3.0, 4.0], [12.0], dtype=torch.float64),
+    "bfloat16 stays bfloat16": _clip([3.0, 4.0], [12.0], dtype=torch.bfloat16),
+    "the parameters come from a generator": _clip([3.0], [4.0], once=True)}, {
+    "gradients below the limit are scaled up": ("norm > max_l2_norm", "True"),
+    "each number is clamped, and the direction is lost": (
+        "norm > max_l2_norm", "True", "g *= max_l2_norm / (norm + 1e-6)", "g.clamp_(-max_l2_norm, max_l2_norm)"),
+    "each tensor is clipped by its own norm, not all by their joint one": (
+        "norm > max_l2_norm", "True", "max_l2_norm / (norm + 1e-6)", "min(1, max_l2_norm / (float(g.norm()) + 1e-6))"),
+    "the norm is returned as it is after clipping": (
+        "return norm", "return math.sqrt(sum(float(g.square().sum()) for g in grads))"),
+    "the root is missing in the norm": ("math.sqrt", ""),
+    "the norms of the tensors are added, not their squares": ("math.sqrt", "", "g.square().sum()", "g.norm()"),
+    "a parameter without a gradient is not skipped": (" if p.grad is not None", ""),
+    "the epsilon 1e-6 in the denominator, as in PyTorch, is missing": (" + 1e-6", ""),
+    "the gradients are not scaled": ("g *= max", "g * max"),
+    "the parameters are read twice, but a generator gives them once": (
+        "for g in grads:", "for g in [p.grad for p in params if p.grad is not None]:")})
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2017), a subclass of torch.optim.Optimizer.
+
+    Per step t = 1, 2, ... and parameter p with gradient g, in this order:
+        p <- p - lr * weight_decay * p
+        m <- beta1 * m + (1 - beta1) * g
+        v <- beta2 * v + (1 - beta2) * g * g
+        p <- p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+    m and v start at zero and belong to the parameter. Parameters whose `.grad` is None stay as they are. The rate is
+    read from `group["lr"]` at each step, since a schedule changes it there. Parameters keep their dtype."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            lr, eps, decay = group["lr"], group["eps"], group["weight_decay"]
+            b1, b2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g, state = p.grad, self.state[p]
+                t = state.get("t", 0) + 1
+                m = b1 * state.get("m", 0.0) + (1 - b1) * g
+                v = b2 * state.get("v", 0.0) + (1 - b2) * g * g
+                self.state[p] = {"t": t, "m": m, "v": v}
+                p -= lr * decay * p
+                p -= lr * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps)
+
+
+def _steps(num: int = 3, *, rates: tuple[float, ...] = (), dtype: Any = torch.float32, **settings: Any) -> Case:
+    settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0} | settings
+
+    def case(make: Callable) -> dict[str, Any]:
+        weights = [normal(3, seed=1), normal(2, 2, seed=2), torch.ones(2)]
+        params = [nn.Parameter(w.to(dtype)) for w in weights]
+        optimizer = make(params, **settings)
+        results: dict[str, Any] = {}
+        for step in range(1, num + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = rates[step - 1] if rates else settings["lr"]
+            for i, p in enumerate(params[:2]):  # the third has no gradient
+                p.grad = normal(*p.shape, seed=10 * step + i).to(dtype)
+            optimizer.step()
+            results |= {f"parameter {i} after step {step}": p.detach().clone() for i, p in enumerate(params)}
+        return results
+    return case
+
+
+_DECAY, _STEP = "                p -= lr * decay * p\n", "((v / (1 - b2**t)).sqrt() + eps)"
+PARTS["AdamW"] = Part("04_optim", AdamW, lambda: {
+    "one step": _steps(1), "three steps": _steps(), "weight decay": _steps(weight_decay=0.1),
+    "other betas": _steps(betas=(0.5, 0.8)), "an epsilon of 1": _steps(eps=1.0),
+    "a learning rate that changes": _steps(rates=(0.1, 0.05, 0.01)), "a strong decay": _steps(weight_decay=2.0),
+    "float64 stays float64": _steps(weight_decay=0.1, dtype=torch.float64),
+    "bfloat16 stays bfloat16": _steps(weight_decay=0.1, dtype=torch.bfloat16),
+    "twenty steps": _steps(20, weight_decay=0.1)}, {
+    "there is no bias correction": ("(m / (1 - b1**t))", "m", "(v / (1 - b2**t))", "v"),
+    "only the second moment is corrected for its bias": ("(m / (1 - b1**t))", "m"),
+    "only the first moment is corrected for its bias": ("(v / (1 - b2**t))", "v"),
+    "steps are counted from 0, so the correction divides by zero": ("b1**t", "b1**(t - 1)", "b2**t", "b2**(t - 1)"),
+    "the moments are forgotten between steps": ('"m": m, "v": v', ""),
+    "the betas are exchanged": ("b1, b2 =", "b2, b1 ="),
+    "the factor 1 - beta1 is missing": ("(1 - b1) * g", "g"),
+    "the gradient is not squared for the second moment": ("g * g", "g"),
+    "it climbs: the sign of the update": ("p -= lr * (m", "p += lr * (m"),
+    "epsilon is inside the root": (_STEP, "(v / (1 - b2**t) + eps).sqrt()"),
+    "epsilon is added before the bias correction": (_STEP, "((v.sqrt() + eps) / math.sqrt(1 - b2**t))"),
+    "there is no weight decay": (_DECAY, ""),
+    "the decay is not multiplied by the learning rate": ("lr * decay", "decay"),
+    "the decay is added to the gradient (L2, as in Adam), not taken off the weight": (
+        _DECAY, "", "g, state = p.grad,", "g, state = p.grad + decay * p,"),
+    "the decay comes after the step, not before it as here and in PyTorch (both are in use)": (
+        _DECAY, "", "+ eps)\n", "+ eps)\n" + _DECAY),
+    "the rate is that of the start: read it from `param_groups`": (
+        'lr, eps, decay = group["lr"]', "lr, eps, decay = self.lr", "        super()", "        self.lr = lr; super()")})
+
+
+def smooth_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Average the cross-entropy against smoothed targets, in nats: the share `smoothing` is spread evenly over all V
+    tokens (the target among them), and the rest is on the target.
+
+    logits have the shape (N, V), targets (N); the result is a scalar."""
+    log_probs = logits.log_softmax(-1)
+    hit = log_probs.gather(-1, targets[..., None])[..., 0]
+    return -((1 - smoothing) * hit + smoothing * log_probs.mean(-1)).mean()
+
+
+PARTS["smooth_cross_entropy"] = Part("04_optim", smooth_cross_entropy, lambda: {
+    f"smoothing {s}": call(logits=normal(6, 5), targets=torch.arange(6) % 5, smoothing=s) for s in (0.0, 0.1, 0.5)}, {
+    "nothing is spread over the other tokens": (" + smoothing * log_probs.mean(-1)", ""),
+    "a constant is added": ("log_probs.mean(-1)", "(hit - math.log(logits.shape[-1]))"),
+    "the spread is summed over the tokens, not averaged": ("log_probs.mean(-1)", "log_probs.sum(-1)"),
+    "the target gets no part of the spread": ("log_probs.mean(-1)", "(log_probs.sum(-1) - hit) / (len(logits.T) - 1)"),
+    "the minus sign is missing": ("return -(", "return ("),
+    "the two shares are exchanged": ("(1 - smoothing) * hit + smoothing *", "smoothing * hit + (1 - smoothing) *")})
+
+
+def warmup_factor(step: int, beta1: float, beta2: float) -> float:
+    """Find what the rate of a step (counted from 1) must be multiplied by to replace both of Adam's bias corrections.
+
+    Without them, m is too small by 1 - beta1^step, and the root of v by the root of 1 - beta2^step."""
+    return math.sqrt(1 - beta2**step) / (1 - beta1**step)
+
+
+PARTS["warmup_factor"] = Part("04_optim", warmup_factor, lambda: {
+    f"step {step}": call(step=step, beta1=0.9, beta2=0.99) for step in (1, 2, 10, 1000)}, {
+    "the root is missing": ("math.sqrt", ""),
+    "only the first moment's correction is replaced": ("math.sqrt(1 - beta2**step)", "1"),
+    "only the second moment's correction is replaced": (" / (1 - beta1**step)", ""),
+    "the factor is upside down": (") / (1 - beta1**step)", ") ** -1 * (1 - beta1**step)"),
+    "steps are counted from 0": ("**step", "**(step - 1)"),
+    "the betas are exchanged": ("beta2**", "beta**", "beta1**", "beta2**", "beta**", "beta1**")})
+
+
+# 05: training, saving
+
+def gradients_in_halves(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Leave in `.grad` the gradient of a batch's mean loss, computed from its two halves; return that loss as a number.
+
+    x and y have the shape (B, T); with an odd number of rows, the first half is the larger one. The model gives logits
+    (B, T, V), and the loss is the cross-entropy, averaged over all tokens of the batch. Gradients from before do not
+    count."""
+    model.zero_grad()
+    total = 0.0
+    for half_x, half_y in zip(x.chunk(2), y.chunk(2), strict=True):
+        loss = F.cross_entropy(model(half_x).flatten(0, 1), half_y.flatten()) * len(half_x) / len(x)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _halves(rows: int) -> Case:
+    def case(answer: Callable) -> dict[str, Any]:
+        model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
+        for i, p in enumerate(model.parameters()):
+            p.data, p.grad = normal(*p.shape, seed=i), torch.ones(p.shape)
+        x = torch.arange(7 * rows).reshape(rows, 7)
+        loss = answer(model, x % 7, x % 5)
+        return {"the loss": loss} | {f"the gradient of {name}": p.grad for name, p in model.named_parameters()}
+    return case
+
+
+PARTS["gradients_in_halves"] = Part("05_train", gradients_in_halves, lambda: {
+    "four rows": _halves(4), "three rows, so that the halves differ in size": _halves(3)}, {
+    "the gradients are added, but not divided by the number of halves": (" * len(half_x) / len(x)", ""),
+    "both halves weigh the same, whatever their size": ("len(half_x) / len(x)", "0.5"),
+    "the gradient of the first half is lost": ("        loss =", "        model.zero_grad()\n        loss ="),
+    "gradients from before are not cleared": ("    model.zero_grad()\n", ""),
+    "the loss is that of the second half": ("total += loss", "total = loss")})
+
+
+def read_safetensors(data: bytes) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file, here float32 ("F32") and int64 ("I64"), from its bytes.
+
+    The first 8 bytes are the length of the header, the lowest byte first; then comes the header, a JSON object
+    {name: {"dtype": ..., "shape": [...], "data_offsets": [begin, end]}, ...}; then the numbers, whose offsets count
+    from the end of the header. The last axis runs fastest. The header may hold remarks, `__metadata__`, no tensor."""
+    size = int.from_bytes(data[:8], "little")
+    dtypes, found = {"F32": torch.float32, "I64": torch.int64}, {}
+    for name, entry in json.loads(data[8 : 8 + size]).items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            content = bytearray(data[8 + size + begin : 8 + size + end])
+            found[name] = torch.frombuffer(content, dtype=dtypes[entry["dtype"]]).reshape(entry["shape"])
+    return found
+
+
+def _reading(remarks: dict[str, str] | None = None, **tensors: Tensor) -> Case:
+    from safetensors.torch import save
+
+    data = save(tensors, remarks)
+    return lambda answer: {f"tensor {name}": x for name, x in answer(data).items()}
+
+
+PARTS["read_safetensors"] = Part("05_train", read_safetensors, lambda: {
+    "one row": _reading(a=normal(4)), "a matrix": _reading(a=normal(2, 3)),
+    "numbers and whole numbers": _reading(a=normal(2, 3), b=torch.arange(5), c=normal(1, seed=1)[0]),
+    "a file with remarks": _reading({"format": "pt"}, a=normal(2, 3))}, {
+    "places are counted from the beginning of the file, not from the end of the header": (
+        "8 + size + begin : 8 + size + end", "begin:end"),
+    "the eight bytes of the length are forgotten": ("8 + size + begin : 8 + size + end", "size + begin : size + end"),
+    "the shape is not given back": ('.reshape(entry["shape"])', ""),
+    "the first axis runs fastest, not the last": (
+        '.reshape(entry["shape"])', '.reshape(entry["shape"][::-1]).permute([*range(len(entry["shape"]))][::-1])'),
+    "the length is read with the highest byte first": ('"little"', '"big"'),
+    "the remarks under `__metadata__` are taken for a tensor": ('name != "__metadata__"', "True")})
+
+
+# 06: ablations
+
+def seeds_needed(deviation: float, difference: float) -> int:
+    """Find the fewest seeds (at least 2) whose 95% interval of Student is narrower than `difference` on either side.
+
+    `deviation` is the standard deviation of the paired differences. With n seeds, half the width of the interval is
+    t * deviation / sqrt(n), where t = t_quantile(0.95, n - 1) is Student's factor for n - 1 degrees of freedom."""
+    from tinylm.ablations import t_quantile
+
+    seeds = 2
+    while t_quantile(0.95, seeds - 1) * deviation / math.sqrt(seeds) >= difference:
+        seeds += 1
+    return seeds
+
+
+PARTS["seeds_needed"] = Part("06_ablations", seeds_needed, lambda: {
+    "a difference that is large": call(deviation=0.001, difference=0.1),
+    "a deviation of 0.0053, a difference of 0.011": call(deviation=0.0053, difference=0.011),
+    "a difference as small as the deviation": call(deviation=0.01, difference=0.01),
+    "a difference smaller than the deviation": call(deviation=0.03, difference=0.01)}, {
+    "Student's factor is that of infinitely many seeds, 1.96": ("t_quantile(0.95, seeds - 1)", "1.96"),
+    "the degrees of freedom are the seeds, not one less": ("seeds - 1)", "seeds)"),
+    "the deviation is not divided by the root of the number of seeds": (" / math.sqrt(seeds) >=", " * (seeds < 99) >="),
+    "the whole interval is compared, not its half": (">= difference", ">= difference / 2"),
+    "Student's factor is that of a 90% interval": ("0.95, seeds", "0.9, seeds")})
+
+
+def welch_half_width(first: list[float], second: list[float]) -> float:
+    """Find half the width of Welch's 95% interval for the difference of two means whose runs are not paired (1947).
+
+    With the variances s^2 (that divide by n - 1), a = s1^2 / n1 and b = s2^2 / n2, it is t * sqrt(a + b), and t is
+    t_quantile(0.95, degrees) with (a + b)^2 / (a^2 / (n1 - 1) + b^2 / (n2 - 1)) degrees of freedom, rounded down."""
+    from tinylm.ablations import t_quantile
+
+    a, b = (statistics.variance(x) / len(x) for x in (first, second))
+    degrees = (a + b) ** 2 / (a**2 / (len(first) - 1) + b**2 / (len(second) - 1))
+    return t_quantile(0.95, math.floor(degrees)) * math.sqrt(a + b)
+
+
+def _welch_cases() -> dict[str, Case]:
+    four, other, two = [1.52, 1.55, 1.53, 1.56], [1.58, 1.61, 1.57, 1.63], [1.4, 1.9]
+    return {"four seeds each": call(first=four, second=other), "four seeds against two": call(first=four, second=two),
+            "two seeds against four": call(first=two, second=other)}
+
+
+PARTS["welch_half_width"] = Part("06_ablations", welch_half_width, _welch_cases, {
+    "the factor is that of infinitely many seeds, 1.96": ("t_quantile(0.95, math.floor(degrees))", "1.96"),
+    "the degrees of freedom are those of equal deviations, the runs less two": (
+        "math.floor(degrees)", "len(first) + len(second) - 2"),
+    "the variances divide by n, not by n - 1": ("statistics.variance", "statistics.pvariance"),
+    "the standard errors are added, not their squares": ("math.sqrt(a + b)", "(math.sqrt(a) + math.sqrt(b))"),
+    "the variances are not divided by the number of seeds": (" / len(x)", "")})
+
+
+# 07: generation
+
+def keep_min_p(probs: Tensor, share: float) -> Tensor:
+    """Keep, in each row of probs (..., V), tokens at least `share` times as probable as the row's likeliest.
+
+    The others get zero, and each row sums to one again (Nguyen et al. 2024)."""
+    kept = probs * (probs >= share * probs.max(-1, keepdim=True).values)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+PARTS["keep_min_p"] = Part("07_generate", keep_min_p, lambda: {
+    f"share {share}": call(probs=torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.85, 0.05]]), share=share)
+    for share in (0.5, 1.0, 0.0)}, {
+    "the rows no longer sum to 1": ("kept / kept.sum(-1, keepdim=True)", "kept"),
+    "the threshold is absolute, not a share of the highest": ("share * probs.max(-1, keepdim=True).values", "share"),
+    "the highest is that of all rows": ("probs.max(-1, keepdim=True).values", "probs.max()"),
+    "a token exactly at the threshold is dropped": (">=", ">"),
+    "the likely tokens are dropped, not the others": (">=", "<")})
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """Find the entropy of each distribution in nats: the sum over V of -p ln p, for probs (..., V).
+
+    A token that never comes adds nothing: 0 ln 0 counts as 0."""
+    return -torch.xlogy(probs, probs).sum(-1)
+
+
+PARTS["entropy"] = Part("07_generate", entropy, lambda: {
+    "four tokens, equally likely": call(probs=torch.full((4,), 0.25)),
+    "two rows": call(probs=torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.85, 0.05]])),
+    "a token that never comes": torch.no_grad()(call(probs=torch.tensor([0.5, 0.5, 0.0]))),
+    "a single token": torch.no_grad()(call(probs=torch.tensor([[0.0, 1.0]])))}, {
+    "0 ln 0 must count as 0": ("torch.xlogy(probs, probs)", "(probs * probs.log())"),
+    "the sign is missing": ("-torch", "torch"),
+    "the logarithm has base 2": (".sum(-1)", ".sum(-1) / math.log(2)"),
+    "the surprises are averaged, not weighed": ("torch.xlogy(probs, probs).sum", "probs.log().mean"),
+    "the sum is divided by V": (".sum(-1)", ".mean(-1)"),
+    "all rows are summed": (".sum(-1)", ".sum()")})
+
+
+# 08: export
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn a matrix (R, C) into whole numbers of int8, from -127 to 127, and one scale (R) for each row.
+
+    The scale is the row's largest magnitude / 127, and a number is the weight / scale, rounded to the nearest. A row of
+    zeros gives zeros and the scale zero."""
+    scales = weight.abs().amax(-1) / 127
+    return (weight / scales.clamp(min=1e-30)[:, None]).round().to(torch.int8), scales
+
+
+def _quantized(weight: Tensor) -> Case:
+    def case(answer: Callable) -> dict[str, Any]:
+        numbers, scales = answer(weight.clone())
+        return {"the numbers": numbers, "the scales": scales}
+    return case
+
+
+PARTS["quantize_rows"] = Part("08_export", quantize_rows, lambda: {
+    "one row": _quantized(torch.tensor([[1.27, -0.5, 0.014]])),
+    "rows of different size": _quantized(normal(3, 5) * torch.tensor([[1.0], [10.0], [0.1]])),
+    "a row of zeros": _quantized(torch.zeros(1, 3))}, {
+    "the numbers are cut off, not rounded": (".round()", ""),
+    "there is one scale for all rows": (".amax(-1)", ".amax(-1).max().expand(len(weight))"),
+    "the largest number is taken without its magnitude": (".abs()", ""),
+    "the scale divides by 128, so the largest number does not reach 127": ("/ 127", "/ 127.99"),
+    "the numbers are whole, but not of type int8": (".to(torch.int8)", "")})
+
+
+def half_split_matrix(head_size: int) -> Tensor:
+    """Build the matrix (K, K) that takes feature 2i of a head to place i, and feature 2i + 1 to place i + K/2.
+
+    As float32, to be multiplied from the left: (P @ x)[i] = x[2i]."""
+    return torch.eye(head_size)[[*range(0, head_size, 2), *range(1, head_size, 2)]]
+
+
+PARTS["half_split_matrix"] = Part("08_export", half_split_matrix, lambda: {
+    f"a head of size {size}": call(head_size=size) for size in (2, 4, 8)}, {
+    "it leads the other way: the matrix is transposed": ("2)]]", "2)]].T"),
+    "the odd features come first": ("range(0, head_size, 2), *range(1,", "range(1, head_size, 2), *range(0,"),
+    "neighbors change places": ("*range(0, head_size, 2), *range(1, head_size, 2)", "i ^ 1 for i in range(head_size)"),
+    "nothing changes its place": ("[[*range(0, head_size, 2), *range(1, head_size, 2)]]", "")})
+
+
+# 09: kernels
+
+def number_starts(text: str) -> list[int]:
+    r"""Find where the pieces ` ?\d{1,3}` start, from left to right, in a text of digits and spaces.
+
+    A number is cut into groups of three digits from its left; the space before a number belongs to its first piece.
+    Of several spaces only the last one does, and a space without a number after it starts no piece."""
+    starts, run = [], 0
+    for i, char in enumerate(text):
+        if char == " ":
+            run = 0
+        else:
+            if run % 3 == 0:
+                starts.append(i - 1 if run == 0 and i > 0 else i)
+            run += 1
+    return starts
+
+
+PARTS["number_starts"] = Part("09_kernels", number_starts, lambda: {
+    repr(text): call(text=text) for text in ("1", " 12", "1234", " 1234567 89", "12  3456", "000 111 ", "")}, {
+    "a number may have any length": ("run % 3 == 0", "run == 0"),
+    "the space before a number is left out": ("i - 1 if run == 0 and i > 0 else i", "i"),
+    "all the spaces before a number are taken": ("i - 1 if run == 0 and i > 0", "len(text[:i].rstrip()) if run == 0"),
+    "the groups are counted on across spaces": ("            run = 0\n", "            pass\n"),
+    "every fourth digit begins a group, not every third": ("% 3", "% 4")})
+
+
+# 10: several processes
+
+def whole_gradient(gradients: list[Tensor], rows: list[int]) -> Tensor:
+    """Combine the gradients of the processes' mean losses into the gradient of the mean loss of the whole batch.
+
+    `rows` are the numbers of rows that the processes had; one of them may be 0."""
+    return torch.stack([g * n for g, n in zip(gradients, rows, strict=True)]).sum(0) / sum(rows)
+
+
+PARTS["whole_gradient"] = Part("10_distributed", whole_gradient, lambda: {
+    "equal shares": call(gradients=list(normal(2, 5)), rows=[4, 4]),
+    "shares of 3, 3 and 2 rows": call(gradients=list(normal(3, 5)), rows=[3, 3, 2]),
+    "a process without a row": call(gradients=list(normal(2, 5)), rows=[8, 0])}, {
+    "every share counts the same": ("g * n for", "g for", "sum(rows)", "len(rows)"),
+    "the gradients are added up, not averaged": ("g * n for", "g for", " / sum(rows)", ""),
+    "the sum is divided by the number of processes, not of rows": ("/ sum(rows)", "/ len(rows)"),
+    "the sum over all rows is not divided by their number": (" / sum(rows)", "")})
+
+
+# 11: checking
+
+def ulps(a: float, b: float) -> int:
+    """Count the steps from one float32 number to the next that lead from a to b, both finite, whichever is larger.
+
+    -0 and 0 are the same number."""
+    bits = torch.tensor([a, b], dtype=torch.float32).view(torch.int32).tolist()
+    first, second = (n if n >= 0 else -(n & 0x7FFFFFFF) for n in bits)
+    return abs(first - second)
+
+
+def _ulps_cases() -> dict[str, Case]:
+    tiny = math.ldexp(1, -149)  # the smallest positive float32
+    pairs = [(1.0, 1.0), (1.0, 1 + 2**-23), (1.0, 2.0), (2.0, 1.0), (0.0, tiny), (-tiny, tiny), (-0.0, 0.0)]
+    return {f"from {a} to {b}": call(a=a, b=b) for a, b in pairs}
+
+
+PARTS["ulps"] = Part("11_check", ulps, _ulps_cases, {
+    "steps are taken to be as long as at 1, but they grow with the numbers": (
+        "abs(first - second)", "round(abs(a - b) * 2**23)"),
+    "the sign is kept": ("abs(first - second)", "second - first"),
+    "negative numbers are counted by their bits alone": ("n if n >= 0 else -(n & 0x7FFFFFFF)", "n"),
+    "the magnitudes alone are compared": ("-(n & 0x7FFFFFFF)", "n & 0x7FFFFFFF"),
+    "the steps are those of float64": ("float32).view(torch.int32)", "float64).view(torch.int64)", "0x7FFFFFFF",
+                                       "0x7FFFFFFFFFFFFFFF")})
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Count the fewest insertions, deletions, replacements and swaps of two neighbors that turn `a` into `b`.
+
+    Each costs 1; what was swapped is not changed again."""
+    rows = [list(range(len(b) + 1))]
+    for i in range(1, len(a) + 1):
+        row = [i]
+        for j in range(1, len(b) + 1):
+            best = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (a[i - 1] != b[j - 1]))
+            if i > 1 and j > 1 and a[i - 2:i] == b[j - 2:j][::-1]:
+                best = min(best, rows[-2][j - 2] + 1)
+            row.append(best)
+        rows.append(row)
+    return rows[-1][-1]
+
+
+PARTS["edit_distance"] = Part("11_check", edit_distance, lambda: {
+    f"{a!r} to {b!r}": call(a=a, b=b)
+    for a, b in [("", ""), ("", "ab"), ("ab", "ax"), ("lr", "lrr"), ("abc", "bc"), ("ab", "ba"), ("sede", "seed")]}, {
+    "a swap of neighbors counts as two": ("rows[-2][j - 2] + 1", "rows[-2][j - 2] + 2"),
+    "replacing a letter counts as two": ("(a[i - 1] != b[j - 1])", "2 * (a[i - 1] != b[j - 1])"),
+    "letters in front of the first match cost nothing": ("[list(range(len(b) + 1))]", "[[0] * (len(b) + 1)]"),
+    "the letters taken from the beginning of `a` cost nothing": ("row = [i]", "row = [0]"),
+    "letters are only compared place by place": ("min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1]",
+                                                 "max(abs(i - j), rows[-1][j - 1]", "i > 1 and j > 1", "False")})
