@@ -124,7 +124,7 @@ def tiny(tmp_path_factory):
     (folder / "tales.txt").write_text(text, encoding="utf-8")
     config = replace(
         PRESETS["debug"], data_dir=str(folder / "data"), corpus=str(folder / "tales.txt"), vocab_size=300,
-        context_length=32, d_model=16, d_ff=48, cosine_cycle_iters=300, checkpoint_every=20, eval_every=100,
+        context_length=32, d_model=16, d_ff=48, cosine_cycle_iters=120, checkpoint_every=20, eval_every=60,
         eval_windows=4,
     )  # fmt: skip
     prepare(config)
