@@ -5,33 +5,21 @@ import functools
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-import tracemalloc
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tqdm import tqdm
 
-from tinylm.data import END_OF_TEXT, InputError
+from tinylm import tokenizer as module
+from tinylm.core import END_OF_TEXT, InputError, file_sha256
 from tinylm.kernels import count_pretokens
-from tinylm.tokenizer import (
-    PRETOKEN_PATTERN,
-    TokenFile,
-    Tokenizer,
-    file_sha256,
-    merge_pretokens,
-    train_bpe,
-    train_bpe_naive,
-)
+from tinylm.tokenizer import PRETOKEN_PATTERN, TokenFile, Tokenizer, train_bpe, train_bpe_naive
 
 settings.register_profile("tinylm", deadline=None, derandomize=True)  # the same examples, on a busy machine too
 settings.load_profile("tinylm")
@@ -57,7 +45,7 @@ TEXTS = st.lists(st.one_of(PIECES, st.text(ASSIGNED, max_size=8)), max_size=20).
 @pytest.fixture(scope="session")
 def corpus_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    path.write_text((CORPUS + END_OF_TEXT) * 3, encoding="utf-8", newline="")
+    path.write_text((CORPUS.replace("\0", "") + END_OF_TEXT) * 3, encoding="utf-8", newline="")  # a file holds none
     return path
 
 
@@ -87,26 +75,6 @@ def tiktoken_encoding(tokenizer):
 # --- training
 
 
-def count(text):
-    return Counter(pretoken.encode() for pretoken in regex.findall(PRETOKEN_PATTERN, text))
-
-
-@given(st.lists(st.text("aab", min_size=1, max_size=12), max_size=12).map(" ".join))
-@example("aaaa aaaaa aaaaaa aaaaaaa")
-def test_merges_equal_the_naive_ones_on_runs_and_ties(text):
-    assert merge_pretokens(count(text), 60) == train_bpe_naive(text, 256 + 60, [])[1]
-
-
-@given(TEXTS)
-def test_merges_equal_the_naive_ones_on_any_text(text):
-    assert merge_pretokens(count(text), 100) == train_bpe_naive(text, 256 + 100, [])[1]
-
-
-def test_merges_stop_when_no_pair_is_left_however_many_are_wanted():
-    assert merge_pretokens({b"abc": 2, b"b": 1}, 10**9) == [(b"b", b"c"), (b"a", b"bc")]
-    assert merge_pretokens({}, 5) == merge_pretokens({b"a": 3}, 5) == merge_pretokens({b"ab": 1}, 0) == []
-
-
 def train_in_pieces(monkeypatch, path, vocab_size, special, num_workers, block_size):
     with monkeypatch.context() as patch:
         in_pieces = functools.partial(count_pretokens, block_size=block_size)
@@ -119,17 +87,11 @@ def train_in_pieces(monkeypatch, path, vocab_size, special, num_workers, block_s
 @given(text=TEXTS, block_size=st.integers(1, 50))
 @settings(max_examples=40)
 def test_any_workers_and_blocks_train_as_the_naive_one(text, block_size, num_workers, tmp_path_factory):
-    path = tmp_path_factory.mktemp("blocks") / "x.txt"
+    path, text = tmp_path_factory.mktemp("blocks") / "x.txt", text.replace("\0", "")
     path.write_text("." + text, encoding="utf-8", newline="")
     with pytest.MonkeyPatch.context() as patch:
         found = train_in_pieces(patch, path, 300, SPECIAL, num_workers, block_size)
     assert found == train_bpe_naive("." + text, 300, SPECIAL)
-
-
-@pytest.mark.parametrize("num_workers", [1, 2, 8])
-@pytest.mark.parametrize("block_size", [7, 100, 3000])
-def test_any_workers_and_blocks_train_alike_on_a_file(corpus_path, naive, num_workers, block_size, monkeypatch):
-    assert train_in_pieces(monkeypatch, corpus_path, 500, SPECIAL, num_workers, block_size) == naive
 
 
 @pytest.fixture(scope="session")
@@ -166,20 +128,25 @@ def test_a_corpus_of_special_tokens_alone_has_nothing_to_merge(tmp_path):
         assert train_bpe(path, 300, [END_OF_TEXT])[1] == []
 
 
+@pytest.mark.parametrize("vocab_size, special, said", [
+    (-1, [END_OF_TEXT], "vocab_size -1: .* 257 or more"), (256, [END_OF_TEXT], "vocab_size 256"),
+    (300.5, [], "vocab_size"),
+    (500, ["a"], "special token 'a'"), (500, [""], "special token"), (500, ["<|x|>"] * 2, "special token"),
+    (500, [b"<|x|>"], "special token"),
+])
+def test_wishes_that_cannot_be_met(corpus_path, vocab_size, special, said):
+    with pytest.raises(InputError, match=said):
+        train_bpe(corpus_path, vocab_size, special)
+
+
 def test_a_bar_shows_bytes_and_merges(corpus_path, monkeypatch, tokenizer, tmp_path, capfd):
-    monkeypatch.setattr("tinylm.tokenizer._bar", lambda what, unit, total: tqdm(total=total, desc=what, unit=unit))
+    at_once = functools.partial(module.tqdm, mininterval=0)
+    monkeypatch.setattr(module, "tqdm", lambda *args, **how: at_once(*args, **{**how, "delay": 0}))
     train_bpe(corpus_path, 500, SPECIAL)
     tokenizer.encode_file(corpus_path, tmp_path / "x")
-    said, size = capfd.readouterr().err, corpus_path.stat().st_size
-    bars = ["counting corpus.txt: 100%|", "encoding corpus.txt: 100%|", "merging: 100%|", f"{size}/{size}", "240/240"]
-    for part in bars:
+    said = capfd.readouterr().err
+    for part in ("counting corpus.txt: 100%|", "encoding corpus.txt: 100%|", "merging: 100%|", "240/240"):
         assert part in said
-
-
-@pytest.mark.parametrize("vocab_size", [-1, 0, 256])
-def test_vocabulary_too_small(corpus_path, vocab_size):
-    with pytest.raises(InputError, match=f"vocab_size {vocab_size}: .* 257 or more"):
-        train_bpe(corpus_path, vocab_size, [END_OF_TEXT])
 
 
 def test_smallest_vocabulary_is_bytes_and_special_tokens(corpus_path):
@@ -198,12 +165,6 @@ def test_unreachable_vocabulary_stops_early_and_warns_once(tmp_path):
     assert len(caught) == 1 and "1000" in str(caught[0].message) and "259" in str(caught[0].message)
 
 
-@pytest.mark.parametrize("special", [["a"], [""], ["<|x|>", "<|x|>"]])
-def test_special_tokens_that_cannot_be_told_apart(corpus_path, special):
-    with pytest.raises(InputError, match="special token"):
-        train_bpe(corpus_path, 500, special)
-
-
 def test_files_that_cannot_be_read(tmp_path, tokenizer):
     (tmp_path / "empty.txt").touch()
     for name in ["missing.txt", "missing.txt.gz", "empty.txt", "."]:
@@ -219,11 +180,6 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
 
 @given(st.text())
 def test_round_trip_of_any_text(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-@given(TEXTS)
-def test_round_trip_of_likely_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -277,7 +233,7 @@ def test_streaming_gives_the_ids_of_the_whole(tokenizer, text, places, size):
 @given(data=st.lists(st.one_of(PIECES.map(str.encode), st.binary(max_size=4)), max_size=20).map(b"".join))
 @settings(max_examples=60)
 def test_a_file_of_any_bytes_gives_the_ids_of_its_text(tokenizer, data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("any")
+    folder, data = tmp_path_factory.mktemp("any"), data.replace(b"\0", b"")
     (folder / "x.txt").write_bytes(b"." + data)
     expected = tokenizer.encode("." + data.decode(errors="replace"))
     for num_workers in (1, 8):
@@ -315,35 +271,19 @@ def test_streaming_takes_what_it_needs_and_no_more(tokenizer):
     assert taken * len("Once upon a time. ") < 500_000
 
 
-def test_streaming_memory_stays_constant(tokenizer):
-    chunk = CORPUS * 60  # about 70 kB
-
-    def peak(repeats):
-        tracemalloc.start()
-        count = sum(1 for _ in tokenizer.encode_iterable(itertools.repeat(chunk, repeats)))
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return peak, count
-
-    peak(2)  # what the first call makes and keeps
-    (short, few), (long, many) = peak(4), peak(40)
-    assert many == pytest.approx(10 * few, rel=0.01) and long < 1.2 * short + 100_000 < 5_000_000
-
-
 LONG_FILE = """
-import sys
-from tinylm.data import peak_memory
+import resource, sys
 from tinylm.tokenizer import Tokenizer
 tokenizer = Tokenizer({i: bytes([i]) for i in range(256)} | {256: b"he"}, [(b"h", b"e")])
 peaks = []
 for path in sys.argv[1:]:
     count = tokenizer.encode_file(path, path + ".bin", num_workers=2).count
-    peaks.append(peak_memory())
+    peaks.append(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 print(count, peaks[1] - peaks[0])
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="peak_memory knows nothing there")
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts in other units there")
 def test_memory_does_not_grow_with_the_file(tmp_path):
     block = b"the weather in the hills is the same as ever, he said\n" * 20_000  # 1.1 MB
     for name, repeats in (("short.txt.gz", 30), ("long.txt.gz", 150)):
@@ -391,31 +331,31 @@ def test_ids_that_the_vocabulary_leaves_out():
         gappy.decode([120, 299])
 
 
-def test_ids_too_large_to_be_encoded(tokenizer):
-    with pytest.raises(InputError, match="token id 2097152"):
-        Tokenizer(tokenizer.vocab | {1 << 21: b"!!"}, tokenizer.merges)
+@pytest.mark.parametrize("ids, said", [
+    ([65, -1], "id -1"), ([65, 500], "id 500"), ([10**9], "id 1000000000"), ([2**63], "id 9223372036854775808"),
+    ([104.7], "ids: expected whole"), (["a"], "ids: expected whole"), ([[1, 2]], "ids: expected whole"),
+    (np.array([1.0]), "ids: expected whole"), ([2**70], "ids: expected whole"), ([True, False], "ids: expected whole"),
+])
+def test_what_is_no_row_of_known_ids(tokenizer, ids, said):
+    with pytest.raises(InputError, match=said):
+        tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("bad", [-1, 500, 10**9])
-def test_ids_outside_the_vocabulary(tokenizer, bad):
-    with pytest.raises(InputError, match=f"{bad}.* 500 tokens"):
-        tokenizer.decode([65, bad])
-
-
-@given(st.lists(st.lists(st.integers(0, 499)), max_size=5))
-def test_batches_decode_as_those_of_tiktoken(tokenizer, tiktoken_encoding, batch):
-    assert tokenizer.decode_batch(batch) == tiktoken_encoding.decode_batch(batch)
+@pytest.mark.parametrize("make, said", [
+    (lambda t: Tokenizer({}, []), "vocab"), (lambda t: Tokenizer({"a": 1}, []), "vocab"),
+    (lambda t: t.encode(b"abc"), "text"),
+    (lambda t: Tokenizer({**t.vocab, -1: b"xy"}, t.merges), "vocab"),
+    (lambda t: Tokenizer({i: x for i, x in t.vocab.items() if i != 7}, t.merges), "missing"),
+    (lambda t: Tokenizer({i: x for i, x in t.vocab.items() if i != 300}, t.merges), "missing"),
+    (lambda t: Tokenizer({**t.vocab, 1 << 21: b"!!"}, t.merges), "vocab"), (lambda t: t.encode(None), "text"),
+])
+def test_errors_name_the_argument(tokenizer, make, said):
+    with pytest.raises(InputError, match=said):
+        make(tokenizer)
 
 
 def test_numpy_ids_decode(tokenizer):
     assert tokenizer.decode(np.array(tokenizer.encode("seen 🦊"), np.uint16)) == "seen 🦊"
-
-
-def test_vocabulary_without_a_byte_or_a_merge(tokenizer):
-    with pytest.raises(InputError, match="missing"):
-        Tokenizer({i: t for i, t in tokenizer.vocab.items() if i != 7}, tokenizer.merges)
-    with pytest.raises(InputError, match="missing"):
-        Tokenizer({i: t for i, t in tokenizer.vocab.items() if i != 300}, tokenizer.merges)
 
 
 # --- files
@@ -435,22 +375,72 @@ def test_load_reads_what_hugging_face_writes(tokenizer, hugging_face, tmp_path):
     assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
 
 
-def test_load_refuses_what_it_would_misread(tokenizer, tmp_path):
-    path = tokenizer.save(tmp_path)
+END, TEXT = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+KNOWN = {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [496], "tokens": [END_OF_TEXT]}}
+BEGIN = {"type": "TemplateProcessing", "single": [END, TEXT], "pair": [TEXT, TEXT], "special_tokens": KNOWN}
+LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+NO_EFFECT = [
+    ("post_processor", LEVEL), ("post_processor", BEGIN), ("model.unk_token", END_OF_TEXT), ("model.fuse_unk", True),
+    ("post_processor", {"type": "Sequence", "processors": [LEVEL, BEGIN]}), ("model.byte_fallback", True),
+    ("pre_tokenizer.trim_offsets", False), ("model.end_of_word_suffix", ""), ("model.dropout", None), ("decoder", None),
+    ("added_tokens.0.special", False), ("model.continuing_subword_prefix", ""), ("normalizer", None),
+]
+EFFECT = [
+    ("normalizer", {"type": "NFC"}), ("normalizer", {"type": "Lowercase"}), ("model.dropout", 0.5),
+    ("model.type", "WordPiece"),
+    ("truncation", {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}), ("model", None),
+    ("padding", {"strategy": {"Fixed": 9}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}),
+    ("pre_tokenizer", {"type": "Whitespace"}), ("pre_tokenizer", None), ("pre_tokenizer.use_regex", False),
+    ("pre_tokenizer.add_prefix_space", True), ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [LEVEL]}),
+    ("model.ignore_merges", True), ("model.continuing_subword_prefix", "##"), ("model.end_of_word_suffix", "</w>"),
+    ("added_tokens.0.lstrip", True), ("added_tokens.0.rstrip", True), ("added_tokens.0.single_word", True),
+    ("added_tokens.0.normalized", True), ("added_tokens.0.id", 7), ("added_tokens.0.news", True), ("news", 1),
+    ("model.news", 1), ("pre_tokenizer.news", 1), ("decoder", {"type": "WordPiece", "prefix": "##", "cleanup": True}),
+    ("post_processor", {**BEGIN, "single": [TEXT, END]}), ("post_processor", {**BEGIN, "single": [END, END, TEXT]}),
+    ("post_processor", {"type": "BertProcessing", "sep": ["x", 1], "cls": ["y", 2]}), ("model.vocab", {"日": 1}),
+    ("post_processor", {"type": "Sequence", "processors": [{"type": "RobertaProcessing"}]}), ("model.merges", [["a"]]),
+]
+
+
+def write_changed(tokenizer, folder, setting, value):
+    path = tokenizer.save(folder)
     whole = json.loads(path.read_text(encoding="utf-8"))
-    changes = [{"model": {**whole["model"], "type": "WordPiece"}}, {"pre_tokenizer": {"type": "Whitespace"}}]
-    changes += [{"pre_tokenizer": {**whole["pre_tokenizer"], "add_prefix_space": True}}, {"model": None}]
-    changes += [{"model": {**whole["model"], "vocab": {"日": 1}}}, {"model": {**whole["model"], "merges": [["a"]]}}]
-    for change in changes:
-        path.write_text(json.dumps({**whole, **change}), encoding="utf-8")
-        with pytest.raises(InputError, match="tokenizer.json"):
-            Tokenizer.load(tmp_path)
-    for content in ["", "{", "[]", "3"]:
-        path.write_text(content, encoding="utf-8")
-        with pytest.raises(InputError, match="tokenizer.json"):
-            Tokenizer.load(tmp_path)
-    with pytest.raises(InputError, match="cannot read"):
-        Tokenizer.load(tmp_path / "missing")
+    *parts, last = setting.split(".")
+    place = functools.reduce(lambda found, part: found[int(part) if part.isdigit() else part], parts, whole)
+    place[last] = value
+    path.write_text(json.dumps(whole), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("setting, value", NO_EFFECT, ids=lambda x: str(x)[:30])
+def test_settings_without_effect_are_read_and_give_the_ids_of_hugging_face(tokenizer, tmp_path, setting, value):
+    tokenizers = pytest.importorskip("tokenizers")
+    path = write_changed(tokenizer, tmp_path, setting, value)
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    for text in (CORPUS, f"a {END_OF_TEXT} \x00b", "x\ufffd 🦊"):
+        assert Tokenizer.load(path).encode(text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("setting, value", EFFECT, ids=lambda x: str(x)[:30])
+def test_settings_with_an_effect_are_refused_by_name(tokenizer, tmp_path, setting, value):
+    path = write_changed(tokenizer, tmp_path, setting, value)
+    name = setting.split(".")[-1] if value and setting not in ("model.vocab", "model.merges") else "tokenizer.json"
+    with pytest.raises(InputError, match=name.replace("type", "WordPiece")):
+        Tokenizer.load(path)
+
+
+def test_the_same_merge_twice_is_refused(tokenizer, tmp_path):
+    first = [module.byte_chars(token) for token in tokenizer.merges[0]]
+    path = write_changed(tokenizer, tmp_path, "model.merges", [first, first])
+    with pytest.raises(InputError, match="merges"):
+        Tokenizer.load(path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3"])
+def test_what_is_no_tokenizer_json(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match="tokenizer.json"):
+        Tokenizer.load(tmp_path)
 
 
 def test_fingerprint_sees_every_part(tokenizer):
@@ -560,38 +550,40 @@ def test_large_vocabularies_take_four_bytes(tmp_path, size, dtype):
     assert made.dtype == dtype and made.tokens().tolist() == [97, 98, 99]
 
 
-def rewrite(token_file, **changes):
+@pytest.mark.parametrize("content", [
+    "", '{"dtype"', "[]", "{}", "7", {"extra": 1}, {"dtype": "float16"}, {"dtype": None}, {"count": "many"},
+    {"count": None},
+    {"count": -1}, {"count": 0}, {"count": 5},
+], ids=str)
+def test_token_file_with_a_damaged_description(token_file, content):
     path = token_file.path.with_suffix(".json")
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads(path.read_text(encoding="utf-8")), **content})
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match="train"):
+        TokenFile.load(token_file.path)
 
 
-def test_token_file_cut_short(token_file):
+def test_token_file_that_is_not_whole(token_file):
     size = token_file.path.stat().st_size
     for actual in (size - 1, size - 2, 0):
-        with open(token_file.path, "r+b") as file:
-            file.truncate(actual)
-        with pytest.raises(InputError, match=f"train.bin: {actual} bytes, expected {size}"):
+        os.truncate(token_file.path, actual)
+        with pytest.raises(InputError, match=f"train.bin: unfinished .{actual} bytes"):
             TokenFile.load(token_file.path)
-
-
-def test_token_file_without_description_or_ids(token_file):
-    token_file.path.rename(token_file.path.with_name("other.bin"))
-    with pytest.raises(InputError, match="train.bin: cannot read"):
+    token_file.path.unlink()
+    with pytest.raises(InputError, match="train.bin"):
         TokenFile.load(token_file.path)
-    with pytest.raises(InputError, match="other.bin: unfinished, other.json is missing"):
-        TokenFile.load(token_file.path.with_name("other.bin"))
+    token_file.path.with_suffix(".json").unlink()
+    with pytest.raises(InputError, match="train.json"):
+        TokenFile.load(token_file.path)
 
 
-def test_token_file_with_a_damaged_description(token_file):
-    description = token_file.path.with_suffix(".json")
-    whole = description.read_text(encoding="utf-8")
-    broken = ["", whole[:50], "[]", "{}", "7", json.dumps({**json.loads(whole), "extra": 1})]
-    broken += [json.dumps({**json.loads(whole), "dtype": dtype}) for dtype in ("float16", "banana", None)]
-    broken += [json.dumps({**json.loads(whole), "count": count}) for count in ("many", None, -1, 0)]
-    for content in broken:
-        description.write_text(content, encoding="utf-8")
-        with pytest.raises(InputError, match="train"):
-            TokenFile.load(token_file.path)
+@pytest.mark.parametrize("source, target", [("x.bin", "x"), ("x.json", "x.bin"), ("x.json", "x")])
+def test_a_text_is_never_overwritten_by_its_tokens(tokenizer, tmp_path, source, target):
+    (tmp_path / source).write_text("words", encoding="utf-8")
+    with pytest.raises(InputError, match="would overwrite"):
+        tokenizer.encode_file(tmp_path / source, tmp_path / target)
+    assert (tmp_path / source).read_text(encoding="utf-8") == "words"
 
 
 def test_token_file_of_another_tokenizer(token_file, tokenizer, corpus_path):
@@ -630,13 +622,13 @@ def test_failure_before_the_description_marks_the_pair_as_unfinished(tokenizer, 
     monkeypatch.setattr("tinylm.tokenizer.json.dump", fail)
     with pytest.raises(KeyboardInterrupt):
         tokenizer.encode_file(corpus_path, token_file.path)
-    with pytest.raises(InputError, match="unfinished"):
+    with pytest.raises(InputError, match="train.json"):
         TokenFile.load(token_file.path)
 
 
 FULL_DISK = """
 import resource, signal, sys
-from tinylm.data import InputError
+from tinylm.core import InputError
 from tinylm.tokenizer import Tokenizer
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [])
@@ -661,82 +653,8 @@ def test_full_disk_leaves_nothing_half_written(tmp_path, limit):
         TokenFile.load(tmp_path / "x.bin")
 
 
-HANG = """
-import itertools, sys, time
-from tinylm import cli, kernels, tokenizer
-stage, *sys.argv[1:] = sys.argv[1:]
-encode_chunks = kernels.Encoder.encode_chunks
-
-def hang(*args, **kwargs):
-    print("now", flush=True)
-    time.sleep(60)
-
-def hang_half_way(*args, **kwargs):
-    yield from itertools.islice(encode_chunks(*args, **kwargs), 1)
-    hang()
-
-if stage == "counting":
-    tokenizer.count_pretokens = hang
-elif stage == "merging":
-    tokenizer.merge_pairs = hang
-elif stage == "encoding":
-    kernels.Encoder.encode_chunks = hang_half_way
-sys.exit(cli.main())
-"""
-
-
-def start_tokenizing(folder, stage="nothing"):
-    "The real command in a process, which stops for a while when it has come to a stage."
-    command = [sys.executable, "-c", HANG, stage, "tokenize", "--corpus", "corpus.txt", "--vocab_size", "400"]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process here")
-@pytest.mark.parametrize("stage, signum", [
-    ("counting", signal.SIGINT), ("merging", signal.SIGTERM), ("encoding", signal.SIGINT), ("encoding", signal.SIGKILL),
-])
-def test_an_interrupted_command_leaves_nothing_half_written(tmp_path, stage, signum):
-    (tmp_path / "corpus.txt").write_text((CORPUS + END_OF_TEXT) * 300, encoding="utf-8")
-    process = start_tokenizing(tmp_path, stage)
-    line = process.stdout.readline()
-    while line and line != "now\n":
-        line = process.stdout.readline()
-    process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), err
-    assert line and "bytes per token" not in out and "Traceback" not in err
-    folder = tmp_path / "data" / "corpus" / "vocab-400"
-    left = {path.name for path in folder.glob("*")} - {"tokenizer.json", "made_from.json"}
-    assert not left or signum == signal.SIGKILL and all(name.startswith(".train.bin") for name in left)
-    if signum != signal.SIGKILL:
-        return  # after a kill, that is, in the worst case, it can be made all the same
-    again = start_tokenizing(tmp_path)
-    out, err = again.communicate(timeout=120)
-    assert again.returncode == 0 and "bytes per token" in out and "peak memory" in out, err
-    assert ("training a tokenizer" in out + err) == (stage != "encoding")  # what is done is not done again
-    TokenFile.load(folder / "train.bin").check(Tokenizer.load(folder))
-
-
 def test_import_leaves_torch_alone():
     code = "import tinylm.tokenizer, sys; assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-FIRST_USE = """
-import sys
-from tinylm.tokenizer import Tokenizer
-Tokenizer({i: bytes([i]) for i in range(256)}, [])
-print("made", file=sys.stderr)
-"""
-
-
-def test_compiling_is_announced_once_and_only_where_it_happens(tmp_path):
-    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-
-    def run():
-        done = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True, env=env, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stderr.splitlines()
-
-    first, second = run(), run()
-    assert first[0].startswith("tinylm: compiling the tokenizer") and first[1:] == second == ["made"]

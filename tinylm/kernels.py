@@ -327,8 +327,7 @@ class _Specials(NamedTuple):
 def _pack_specials(special_tokens: Mapping[bytes, int]) -> _Specials:
     """Lay special tokens out for compiled code."""
     tokens = sorted(special_tokens, key=lambda token: (-len(token), token))
-    if b"" in special_tokens:
-        raise ValueError("a special token must have at least one byte")
+    assert b"" not in special_tokens, "a special token must have at least one byte"
     firsts = np.unique(np.array([token[0] for token in tokens], np.uint8))
     offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
     arena = _pad(b"".join(tokens))
@@ -1175,6 +1174,7 @@ def merge_pairs(
     """Choose merges as byte-pair encoding does (Sennrich et al. 2016), in O(N log N) for N bytes.
 
     Of pairs with equal counts, the lexicographically greater pair of byte strings wins."""
+    num_merges = min(num_merges, int(pretokens.offsets[-1]) - len(pretokens.counts))  # each leaves one token less
     merger, merges, step = _Merger(pretokens, num_merges), np.zeros((num_merges, 2), np.int32), 0
     while step < num_merges and (floor := merger.next_floor()):
         step = merger.merge_round(floor, merges, step, progress or (lambda num: None))
@@ -1495,8 +1495,8 @@ class Encoder:
         pairs = np.asarray(merges, np.int64).reshape(-1, 2)
         made = 256 + np.arange(len(pairs)) if new_ids is None else np.asarray(new_ids)
         limit = min(1 << 21, 1 << 8 * self.dtype.itemsize)
-        if max(*byte_ids, *special.values(), made.max(initial=0), pairs.max(initial=0)) >= limit:
-            raise ValueError(f"token ids must be below {limit:,}")
+        largest = max(*byte_ids, *special.values(), made.max(initial=0), pairs.max(initial=0))
+        assert largest < limit, f"token ids must be below {limit:,}"
         size = 1 << (2 * len(pairs)).bit_length()
         tables = (np.empty((256, 256), np.int32), np.zeros(size, np.uint64), made.astype(np.uint32))
         self._ranks = _Ranks(np.array(byte_ids, np.uint32), *tables)

@@ -267,7 +267,9 @@ def _read_tokenizer_json(path: Path) -> tuple[dict[int, bytes], list[Pair], list
         model, splitter = whole["model"], {**_BYTE_LEVEL, **whole["pre_tokenizer"]}
         known = "vocab merges unk_token fuse_unk byte_fallback"  # every byte is a token
         need("model", asks(model, known), {"type": "BPE"})
-        need("pre_tokenizer", splitter | {"trim_offsets": True}, _BYTE_LEVEL)
+        ours = _BYTE_LEVEL | {"trim_offsets": splitter["trim_offsets"]}
+        odd = {k: v for k, v in splitter.items() if v != ours.get(k)}
+        need("pre_tokenizer", odd, {})
         need("decoder", (whole.get("decoder") or _BYTE_LEVEL)["type"], "ByteLevel")
         after: dict[str, Any] = whole.get("post_processor") or {"type": "ByteLevel"}
         for step in after["processors"] if after["type"] == "Sequence" else [after]:
@@ -286,6 +288,7 @@ def _read_tokenizer_json(path: Path) -> tuple[dict[int, bytes], list[Pair], list
         kinds = sorted({bool(x.get("normalized")) for x in whole["added_tokens"]})
         need("normalized of added tokens", kinds, kinds[:1])
         rows = [x.split(" ") if isinstance(x, str) else x for x in model["merges"]]
+        need("model.merges", {len(row) for row in rows} - {2}, set())
         vocab, merges = _from_names(model["vocab"] | special, rows, special)
         need("the number of different merges", len(set(merges)), len(merges))
         return vocab, merges, list(special)
