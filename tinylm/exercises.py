@@ -120,10 +120,12 @@ def layer(make: type[nn.Module], *sizes: Any, **inputs: Any) -> Case:
 # 00: data and tokenizer
 
 def equal_weights(text: str) -> str:
-    """Take the weights out of a grammar's text, so that all options of a rule are equally likely.
+    """Take the weights out of a grammar's text, so that all options of a rule are
+    equally likely.
 
-    A weight is a number and a space before an option. An option stands at the beginning of a line (which may be
-    indented), or after a colon or a comma and a space. Numbers inside an option stay."""
+    A weight is a number and a space before an option. An option stands at the beginning
+    of a line (which may be indented), or after a colon or a comma and a space. Numbers
+    inside an option stay."""
     return re.sub(r"(?m)(^\s*|[:,]\s+)\d+ (?=\S)", r"\1", text)
 
 
@@ -144,7 +146,8 @@ PARTS["equal_weights"] = Part("00_data", equal_weights, lambda: {
 
 
 def longest_match(text: bytes, vocab: dict[int, bytes]) -> list[int]:
-    """Encode by taking, at each place from the left, the longest token of the vocabulary (id -> bytes) that fits."""
+    """Encode by taking, at each place from the left, the longest token of the
+    vocabulary (id -> bytes) that fits."""
     ids = {token: i for i, token in vocab.items()}
     found = []
     while text:
@@ -170,14 +173,17 @@ PARTS["longest_match"] = Part("00_tokenizer", longest_match, lambda: {
 
 
 class Tokenizer:
-    r"""Encode text with the vocabulary (id -> bytes) and the merges of a byte-pair training, and decode ids.
+    r"""Encode text with the vocabulary (id -> bytes) and the merges of a byte-pair
+    training, and decode ids.
 
-    Special tokens that the vocabulary lacks get the ids after its largest one, in their order; the others keep theirs.
-    `special_tokens` may be None. A text is cut at its
-    special tokens first (where two of them fit, the longer one counts), then into pretokens by GPT-2's pattern
+    Special tokens that the vocabulary lacks get the ids after its largest one, in their
+    order; the others keep theirs. `special_tokens` may be None. A text is cut at its
+    special tokens first (where two of them fit, the longer one counts), then into
+    pretokens by GPT-2's pattern
         '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-    A pretoken starts as single bytes of UTF-8. The merges are made inside of pretokens, in the order of training: the
-    earliest merge that fits, from left to right. Bytes that are no UTF-8 decode to U+FFFD (errors="replace")."""
+    A pretoken starts as single bytes of UTF-8. The merges are made inside of pretokens,
+    in the order of training: the earliest merge that fits, from left to right. Bytes
+    that are no UTF-8 decode to U+FFFD (errors="replace")."""
 
     def __init__(self, vocab: dict[int, bytes], merges: list, special_tokens: list[str] | None = None):
         """Keep copies; `merges` are pairs of tokens in the order of training."""
@@ -211,7 +217,8 @@ class Tokenizer:
         return tokens
 
     def encode_iterable(self, chunks: Iterable[str]) -> Iterator[int]:
-        """Give the ids of a text that comes in chunks; wherever these are cut, the ids are those of the whole text."""
+        """Give the ids of a text that comes in chunks; wherever these are cut, the ids
+        are those of the whole text."""
         yield from self.encode("".join(chunks))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -282,14 +289,17 @@ PARTS["Tokenizer"] = Part("00_tokenizer", Tokenizer, lambda: {
 def train_bpe(
     input_path: str, vocab_size: int, special_tokens: list[str]
 ) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
-    r"""Train byte-pair encoding on a text file (UTF-8, its line ends as they are); return vocabulary and merges.
+    r"""Train byte-pair encoding on a text file (UTF-8, its line ends as they are);
+    return vocabulary and merges.
 
-    The text is cut at its special tokens, and what lies between them into pretokens by GPT-2's pattern
+    The text is cut at its special tokens, and what lies between them into pretokens by
+    GPT-2's pattern
         '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-    Pairs are counted inside of pretokens, as often as these occur. Each merge joins the most frequent pair everywhere,
-    from left to right; of several, the greatest pair of byte strings (Python's max of tuples) wins. The vocabulary is
-    id -> bytes: the 256 bytes, a token a merge, then the special tokens, `vocab_size` in all.
-    The merges are pairs of bytes in the order in which they were made."""
+    Pairs are counted inside of pretokens, as often as these occur. Each merge joins the
+    most frequent pair everywhere, from left to right; of several, the greatest pair of
+    byte strings (Python's max of tuples) wins. The vocabulary is id -> bytes: the 256
+    bytes, a token a merge, then the special tokens, `vocab_size` in all. The merges are
+    pairs of bytes in the order in which they were made."""
     with open(input_path, encoding="utf-8", newline="") as file:
         pieces = [file.read()]
     for name in special_tokens:
@@ -368,7 +378,8 @@ PARTS["train_bpe"] = Part("00_tokenizer", train_bpe, lambda: {
 # 01: layers
 
 class Linear(nn.Module):
-    """Multiply the last axis of x (..., d_in) by a matrix: y = x W^T of shape (..., d_out), without a bias.
+    """Multiply the last axis of x (..., d_in) by a matrix: y = x W^T of shape (...,
+    d_out), without a bias.
 
     The matrix is a parameter called `weight` of shape (d_out, d_in)."""
 
@@ -395,9 +406,11 @@ PARTS["Linear"] = Part("01_layers", Linear, lambda: {
 
 
 class Embedding(nn.Module):
-    """Look up a vector for each id, whatever the shape (...) of `ids` (integers from 0): the result is (..., D).
+    """Look up a vector for each id, whatever the shape (...) of `ids` (integers from
+    0): the result is (..., D).
 
-    The table is a parameter called `weight` of shape (num_embeddings, embedding_dim); row i belongs to id i."""
+    The table is a parameter called `weight` of shape (num_embeddings, embedding_dim);
+    row i belongs to id i."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         super().__init__()
@@ -422,12 +435,14 @@ PARTS["Embedding"] = Part("01_layers", Embedding, lambda: {
 
 
 class RMSNorm(nn.Module):
-    """Divide each vector by its root mean square, then multiply it by a gain (Zhang and Sennrich 2019).
+    """Divide each vector by its root mean square, then multiply it by a gain (Zhang and
+    Sennrich 2019).
 
         y = x / sqrt(mean(x * x) + eps) * weight
 
-    The mean runs over the last axis of x (..., D). The gain is a parameter called `weight` of shape (D). Half precision
-    (float16, bfloat16) is computed in float32, and the result has the dtype of x."""
+    The mean runs over the last axis of x (..., D). The gain is a parameter called
+    `weight` of shape (D). Half precision (float16, bfloat16) is computed in float32,
+    and the result has the dtype of x."""
 
     def __init__(self, d_model: int, eps: float = 1e-5):
         super().__init__()
@@ -464,11 +479,13 @@ PARTS["RMSNorm"] = Part("01_layers", RMSNorm, lambda: {
 
 
 class SwiGLU(nn.Module):
-    """Compute y = W2 (silu(W1 x) * W3 x), a feed-forward network with a gate (Shazeer 2020); silu(a) = a * sigmoid(a).
+    """Compute y = W2 (silu(W1 x) * W3 x), a feed-forward network with a gate (Shazeer
+    2020); silu(a) = a * sigmoid(a).
 
-    x has the shape (..., d_model), as the result. The three linear layers, without biases, are attributes called `w1`,
-    `w2` and `w3`, each with a `weight`: (d_ff, d_model) for w1 and w3, (d_model, d_ff) for w2. Gradients stay
-    finite for hidden values in the hundreds."""
+    x has the shape (..., d_model), as the result. The three linear layers, without
+    biases, are attributes called `w1`, `w2` and `w3`, each with a `weight`: (d_ff,
+    d_model) for w1 and w3, (d_model, d_ff) for w2. Gradients stay finite for hidden
+    values in the hundreds."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
@@ -496,10 +513,12 @@ PARTS["SwiGLU"] = Part("01_layers", SwiGLU, lambda: {
 
 
 def softmax(x: Tensor, dim: int) -> Tensor:
-    """Turn scores into shares that sum to one along the axis `dim`: exp(x_i) / sum_j exp(x_j).
+    """Turn scores into shares that sum to one along the axis `dim`: exp(x_i) / sum_j
+    exp(x_j).
 
-    The result has the shape and dtype of x. Scores around 1000 or -1000 must not overflow or vanish, also where one row
-    lies far below another, and a score of minus infinity gets the share zero. x itself stays as it is."""
+    The result has the shape and dtype of x. Scores around 1000 or -1000 must not
+    overflow or vanish, also where one row lies far below another, and a score of minus
+    infinity gets the share zero. x itself stays as it is."""
     shifted = x - x.max(dim, keepdim=True).values
     powers = torch.exp(shifted)
     return powers / powers.sum(dim, keepdim=True)
@@ -528,9 +547,11 @@ PARTS["softmax"] = Part("01_layers", softmax, lambda: {
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """Subtract the mean over the last axis of x (..., D), then divide by the standard deviation; there are no gains.
+    """Subtract the mean over the last axis of x (..., D), then divide by the standard
+    deviation; there are no gains.
 
-    The variance is the mean of the squares (divided by D, not by D - 1), and the epsilon 1e-5 is added to it."""
+    The variance is the mean of the squares (divided by D, not by D - 1), and the
+    epsilon 1e-5 is added to it."""
     centered = x - x.mean(-1, keepdim=True)
     return centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 
@@ -549,8 +570,8 @@ PARTS["layer_norm"] = Part("01_layers", layer_norm, lambda: {
 def log_softmax(x: Tensor, dim: int) -> Tensor:
     """Take the logarithm of the softmax along the axis `dim`: x_i - log sum_j exp(x_j).
 
-    The result has the shape and dtype of x. Scores around 1000 must not overflow, nor the logarithm of zero be taken,
-    also where one row lies far below another."""
+    The result has the shape and dtype of x. Scores around 1000 must not overflow, nor
+    the logarithm of zero be taken, also where one row lies far below another."""
     shifted = x - x.max(dim, keepdim=True).values
     return shifted - shifted.exp().sum(dim, keepdim=True).log()
 
@@ -575,13 +596,16 @@ PARTS["log_softmax"] = Part("01_layers", log_softmax, lambda: {
 # 02: rotary positions
 
 class RotaryPositionalEmbedding(nn.Module):
-    """Turn each pair of features by an angle that grows with the position (Su et al. 2021).
+    """Turn each pair of features by an angle that grows with the position (Su et al.
+    2021).
 
-    The pairs are neighbors, (x[2i], x[2i + 1]) for i = 0, 1, ..., d_k / 2 - 1. At position p (from 0), pair i turns
-    counterclockwise by the angle a = p * theta^(-2i / d_k):
+    The pairs are neighbors, (x[2i], x[2i + 1]) for i = 0, 1, ..., d_k / 2 - 1. At
+    position p (from 0), pair i turns counterclockwise by the angle a = p * theta^(-2i /
+    d_k):
         (even, odd) -> (even cos a - odd sin a, even sin a + odd cos a)
-    x has the shape (..., T, d_k), `token_positions` (T), integers below `max_seq_len` in any order. The result has the
-    shape and dtype of x, each number in the place of the one that it replaces. There are no parameters."""
+    x has the shape (..., T, d_k), `token_positions` (T), integers below `max_seq_len`
+    in any order. The result has the shape and dtype of x, each number in the place of
+    the one that it replaces. There are no parameters."""
 
     angles: Tensor
 
@@ -627,9 +651,11 @@ PARTS["RoPE"] = Part("02_rope", RotaryPositionalEmbedding, lambda: {
 
 
 def query_for_distance(key: Tensor, distance: int) -> Tensor:
-    """Turn a key (K) into a query that scores highest against equal keys `distance` places before it.
+    """Turn a key (K) into a query that scores highest against equal keys `distance`
+    places before it.
 
-    Both are turned by RoPE after that, each at its own position, with theta = 10,000."""
+    Both are turned by RoPE after that, each at its own position, with theta =
+    10,000."""
     angles = rope_angles(torch.tensor(distance), len(key))
     return apply_rope(key, angles.cos(), -angles.sin())
 
@@ -654,12 +680,14 @@ PARTS["query_for_distance"] = Part("02_rope", query_for_distance, lambda: {
 # 03: the model
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Average the values, weighted by how well their keys fit each query: softmax(q k^T / sqrt(K)) v.
+    """Average the values, weighted by how well their keys fit each query: softmax(q k^T
+    / sqrt(K)) v.
 
-    q has the shape (..., T, K), k and v (..., S, K), the result (..., T, K), in their dtype. `mask` (T, S),
-    or with a batch before it, is bool: True means that a query may attend to a key, and the weights of those sum to
-    one. A query that may attend to nothing gets zeros. Scores in the thousands must not overflow. The
-    inputs and the mask stay as they are."""
+    q has the shape (..., T, K), k and v (..., S, K), the result (..., T, K), in their
+    dtype. `mask` (T, S), or with a batch before it, is bool: True means that a query
+    may attend to a key, and the weights of those sum to one. A query that may attend to
+    nothing gets zeros. Scores in the thousands must not overflow. The inputs and the
+    mask stay as they are."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
@@ -718,9 +746,11 @@ PARTS["attention"] = Part("03_model", scaled_dot_product_attention, _attention_c
 
 
 def multi_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attend with the queries of all heads (B, H, T, K) to keys and values (B, S, K) that the heads share.
+    """Attend with the queries of all heads (B, H, T, K) to keys and values (B, S, K)
+    that the heads share.
 
-    The result is softmax(q k^T / sqrt(K)) v of shape (B, H, T, K); `mask` (T, S), True: may attend."""
+    The result is softmax(q k^T / sqrt(K)) v of shape (B, H, T, K); `mask` (T, S), True:
+    may attend."""
     scores = q @ k[:, None].mT / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
@@ -742,10 +772,12 @@ PARTS["multi_query_attention"] = Part("03_model", multi_query_attention, lambda:
 
 
 def long_context(config: ModelConfig) -> int:
-    """Find the first context length at which attention's scores and averages cost more than the blocks' matrices.
+    """Find the first context length at which attention's scores and averages cost more
+    than the blocks' matrices.
 
-    Per token, a matrix of P numbers costs 2P operations; at context length T, scores and averages cost 4 T d_model a
-    block. The matrices are those of attention and feed-forward network; the head does not count."""
+    Per token, a matrix of P numbers costs 2P operations; at context length T, scores
+    and averages cost 4 T d_model a block. The matrices are those of attention and
+    feed-forward network; the head does not count."""
     parts = parameter_table(config)
     return (parts["attention"] + parts["feed-forward"]) // (2 * config.num_layers * config.d_model) + 1
 
@@ -763,11 +795,13 @@ PARTS["long_context"] = Part("03_model", long_context, lambda: {
 # 04: loss and optimizer
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Average the surprise at the targets, in nats: the mean over all positions of log sum_j exp(z_j) - z_target.
+    """Average the surprise at the targets, in nats: the mean over all positions of log
+    sum_j exp(z_j) - z_target.
 
-    logits z has the shape (..., V), targets (...), integers from 0; the result is a scalar of the dtype of the logits.
-    Logits around 1000 must not overflow, also where one row lies far below another, and a target that seemed
-    impossible must cost what it costs, not infinity."""
+    logits z has the shape (..., V), targets (...), integers from 0; the result is a
+    scalar of the dtype of the logits. Logits around 1000 must not overflow, also where
+    one row lies far below another, and a target that seemed impossible must cost what
+    it costs, not infinity."""
     shifted = logits - logits.max(-1, keepdim=True).values
     log_sum = shifted.exp().sum(-1).log()
     right = shifted.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
@@ -798,9 +832,10 @@ PARTS["cross_entropy"] = Part("04_optim", cross_entropy, lambda: {
 def cosine_lr(step: int, max_lr: float, min_lr: float, warmup_iters: int, cosine_cycle_iters: int) -> float:
     """Compute the learning rate of a step t: a linear warm-up, then half a cosine.
 
-    t < warmup_iters: max_lr * t / warmup_iters. Up to cosine_cycle_iters, in which the warm-up is included:
-    min_lr + (max_lr - min_lr) * (1 + cos(pi * s)) / 2, where the share s rises from 0 at warmup_iters to 1 at
-    cosine_cycle_iters. After that: min_lr. warmup_iters = 0 means no warm-up."""
+    t < warmup_iters: max_lr * t / warmup_iters. Up to cosine_cycle_iters, in which the
+    warm-up is included: min_lr + (max_lr - min_lr) * (1 + cos(pi * s)) / 2, where the
+    share s rises from 0 at warmup_iters to 1 at cosine_cycle_iters. After that: min_lr.
+    warmup_iters = 0 means no warm-up."""
     if step < warmup_iters:
         return max_lr * step / warmup_iters
     if step > cosine_cycle_iters:
@@ -834,10 +869,12 @@ PARTS["cosine_lr"] = Part("04_optim", cosine_lr, lambda: {
 
 
 def clip_grad_norm(params: Iterable[Tensor], max_l2_norm: float) -> Tensor | float:
-    """Scale all gradients together, in place, if their joint L2 norm exceeds `max_l2_norm`; return that norm.
+    """Scale all gradients together, in place, if their joint L2 norm exceeds
+    `max_l2_norm`; return that norm.
 
-    It is the norm before scaling. The factor is max_l2_norm / (norm + 1e-6), never above 1. `params` may be a
-    generator, which can be read once only; parameters whose `.grad` is None are passed over. Gradients keep their dtype."""
+    It is the norm before scaling. The factor is max_l2_norm / (norm + 1e-6), never
+    above 1. `params` may be a generator, which can be read once only; parameters whose
+    `.grad` is None are passed over. Gradients keep their dtype."""
     grads = [p.grad for p in params if p.grad is not None]
     norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
     if norm > max_l2_norm:
@@ -883,15 +920,17 @@ PARTS["clip_grad_norm"] = Part("04_optim", clip_grad_norm, lambda: {
 
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2017), a subclass of torch.optim.Optimizer.
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2017), a subclass of
+    torch.optim.Optimizer.
 
     Per step t = 1, 2, ... and parameter p with gradient g, in this order:
         p <- p - lr * weight_decay * p
         m <- beta1 * m + (1 - beta1) * g
         v <- beta2 * v + (1 - beta2) * g * g
         p <- p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
-    m and v start at zero and belong to the parameter. Parameters whose `.grad` is None stay as they are. The rate is
-    read from `group["lr"]` at each step, since a schedule changes it there. Parameters keep their dtype."""
+    m and v start at zero and belong to the parameter. Parameters whose `.grad` is None
+    stay as they are. The rate is read from `group["lr"]` at each step, since a schedule
+    changes it there. Parameters keep their dtype."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -962,8 +1001,9 @@ PARTS["AdamW"] = Part("04_optim", AdamW, lambda: {
 
 
 def smooth_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """Average the cross-entropy against smoothed targets, in nats: the share `smoothing` is spread evenly over all V
-    tokens (the target among them), and the rest is on the target.
+    """Average the cross-entropy against smoothed targets, in nats: the share
+    `smoothing` is spread evenly over all V tokens (the target among them), and the rest
+    is on the target.
 
     logits have the shape (N, V), targets (N); the result is a scalar."""
     log_probs = logits.log_softmax(-1)
@@ -982,9 +1022,11 @@ PARTS["smooth_cross_entropy"] = Part("04_optim", smooth_cross_entropy, lambda: {
 
 
 def warmup_factor(step: int, beta1: float, beta2: float) -> float:
-    """Find what the rate of a step (counted from 1) must be multiplied by to replace both of Adam's bias corrections.
+    """Find what the rate of a step (counted from 1) must be multiplied by to replace
+    both of Adam's bias corrections.
 
-    Without them, m is too small by 1 - beta1^step, and the root of v by the root of 1 - beta2^step."""
+    Without them, m is too small by 1 - beta1^step, and the root of v by the root of 1 -
+    beta2^step."""
     return math.sqrt(1 - beta2**step) / (1 - beta1**step)
 
 
@@ -1001,11 +1043,12 @@ PARTS["warmup_factor"] = Part("04_optim", warmup_factor, lambda: {
 # 05: training, saving
 
 def gradients_in_halves(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Leave in `.grad` the gradient of a batch's mean loss, computed from its two halves; return that loss as a number.
+    """Leave in `.grad` the gradient of a batch's mean loss, computed from its two
+    halves; return that loss as a number.
 
-    x and y have the shape (B, T); with an odd number of rows, the first half is the larger one. The model gives logits
-    (B, T, V), and the loss is the cross-entropy, averaged over all tokens of the batch. Gradients from before do not
-    count."""
+    x and y have the shape (B, T); with an odd number of rows, the first half is the
+    larger one. The model gives logits (B, T, V), and the loss is the cross-entropy,
+    averaged over all tokens of the batch. Gradients from before do not count."""
     model.zero_grad()
     total = 0.0
     for half_x, half_y in zip(x.chunk(2), y.chunk(2), strict=True):
@@ -1036,11 +1079,14 @@ PARTS["gradients_in_halves"] = Part("05_train", gradients_in_halves, lambda: {
 
 
 def read_safetensors(data: bytes) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file, here float32 ("F32") and int64 ("I64"), from its bytes.
+    """Read the tensors of a safetensors file, here float32 ("F32") and int64 ("I64"),
+    from its bytes.
 
-    The first 8 bytes are the length of the header, the lowest byte first; then comes the header, a JSON object
-    {name: {"dtype": ..., "shape": [...], "data_offsets": [begin, end]}, ...}; then the numbers, whose offsets count
-    from the end of the header. The last axis runs fastest. The header may hold remarks, `__metadata__`, no tensor."""
+    The first 8 bytes are the length of the header, the lowest byte first; then comes
+    the header, a JSON object {name: {"dtype": ..., "shape": [...], "data_offsets":
+    [begin, end]}, ...}; then the numbers, whose offsets count from the end of the
+    header. The last axis runs fastest. The header may hold remarks, `__metadata__`, no
+    tensor."""
     size = int.from_bytes(data[:8], "little")
     dtypes, found = {"F32": torch.float32, "I64": torch.int64}, {}
     for name, entry in json.loads(data[8 : 8 + size]).items():
@@ -1075,10 +1121,12 @@ PARTS["read_safetensors"] = Part("05_train", read_safetensors, lambda: {
 # 06: ablations
 
 def seeds_needed(deviation: float, difference: float) -> int:
-    """Find the fewest seeds (at least 2) whose 95% interval of Student is narrower than `difference` on either side.
+    """Find the fewest seeds (at least 2) whose 95% interval of Student is narrower than
+    `difference` on either side.
 
-    `deviation` is the standard deviation of the paired differences. With n seeds, half the width of the interval is
-    t * deviation / sqrt(n), where t = t_quantile(0.95, n - 1) is Student's factor for n - 1 degrees of freedom."""
+    `deviation` is the standard deviation of the paired differences. With n seeds, half
+    the width of the interval is t * deviation / sqrt(n), where t = t_quantile(0.95, n -
+    1) is Student's factor for n - 1 degrees of freedom."""
     from tinylm.ablations import t_quantile
 
     seeds = 2
@@ -1100,10 +1148,12 @@ PARTS["seeds_needed"] = Part("06_ablations", seeds_needed, lambda: {
 
 
 def welch_half_width(first: list[float], second: list[float]) -> float:
-    """Find half the width of Welch's 95% interval for the difference of two means whose runs are not paired (1947).
+    """Find half the width of Welch's 95% interval for the difference of two means whose
+    runs are not paired (1947).
 
-    With the variances s^2 (that divide by n - 1), a = s1^2 / n1 and b = s2^2 / n2, it is t * sqrt(a + b), and t is
-    t_quantile(0.95, degrees) with (a + b)^2 / (a^2 / (n1 - 1) + b^2 / (n2 - 1)) degrees of freedom, rounded down."""
+    With the variances s^2 (that divide by n - 1), a = s1^2 / n1 and b = s2^2 / n2, it
+    is t * sqrt(a + b), and t is t_quantile(0.95, degrees) with (a + b)^2 / (a^2 / (n1 -
+    1) + b^2 / (n2 - 1)) degrees of freedom, rounded down."""
     from tinylm.ablations import t_quantile
 
     a, b = (statistics.variance(x) / len(x) for x in (first, second))
@@ -1129,7 +1179,8 @@ PARTS["welch_half_width"] = Part("06_ablations", welch_half_width, _welch_cases,
 # 07: generation
 
 def keep_min_p(probs: Tensor, share: float) -> Tensor:
-    """Keep, in each row of probs (..., V), tokens at least `share` times as probable as the row's likeliest.
+    """Keep, in each row of probs (..., V), tokens at least `share` times as probable as
+    the row's likeliest.
 
     The others get zero, and each row sums to one again (Nguyen et al. 2024)."""
     kept = probs * (probs >= share * probs.max(-1, keepdim=True).values)
@@ -1147,7 +1198,8 @@ PARTS["keep_min_p"] = Part("07_generate", keep_min_p, lambda: {
 
 
 def entropy(probs: Tensor) -> Tensor:
-    """Find the entropy of each distribution in nats: the sum over V of -p ln p, for probs (..., V).
+    """Find the entropy of each distribution in nats: the sum over V of -p ln p, for
+    probs (..., V).
 
     A token that never comes adds nothing: 0 ln 0 counts as 0."""
     return -torch.xlogy(probs, probs).sum(-1)
@@ -1169,10 +1221,11 @@ PARTS["entropy"] = Part("07_generate", entropy, lambda: {
 # 08: export
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn a matrix (R, C) into whole numbers of int8, from -127 to 127, and one scale (R) for each row.
+    """Turn a matrix (R, C) into whole numbers of int8, from -127 to 127, and one scale
+    (R) for each row.
 
-    The scale is the row's largest magnitude / 127, and a number is the weight / scale, rounded to the nearest. A row of
-    zeros gives zeros and the scale zero."""
+    The scale is the row's largest magnitude / 127, and a number is the weight / scale,
+    rounded to the nearest. A row of zeros gives zeros and the scale zero."""
     scales = weight.abs().amax(-1) / 127
     return (weight / scales.clamp(min=1e-30)[:, None]).round().to(torch.int8), scales
 
@@ -1196,7 +1249,8 @@ PARTS["quantize_rows"] = Part("08_export", quantize_rows, lambda: {
 
 
 def half_split_matrix(head_size: int) -> Tensor:
-    """Build the matrix (K, K) that takes feature 2i of a head to place i, and feature 2i + 1 to place i + K/2.
+    """Build the matrix (K, K) that takes feature 2i of a head to place i, and feature
+    2i + 1 to place i + K/2.
 
     As float32, to be multiplied from the left: (P @ x)[i] = x[2i]."""
     return torch.eye(head_size)[[*range(0, head_size, 2), *range(1, head_size, 2)]]
@@ -1213,10 +1267,12 @@ PARTS["half_split_matrix"] = Part("08_export", half_split_matrix, lambda: {
 # 09: kernels
 
 def number_starts(text: str) -> list[int]:
-    r"""Find where the pieces ` ?\d{1,3}` start, from left to right, in a text of digits and spaces.
+    r"""Find where the pieces ` ?\d{1,3}` start, from left to right, in a text of digits
+    and spaces.
 
-    A number is cut into groups of three digits from its left; the space before a number belongs to its first piece.
-    Of several spaces only the last one does, and a space without a number after it starts no piece."""
+    A number is cut into groups of three digits from its left; the space before a number
+    belongs to its first piece. Of several spaces only the last one does, and a space
+    without a number after it starts no piece."""
     starts, run = [], 0
     for i, char in enumerate(text):
         if char == " ":
@@ -1240,7 +1296,8 @@ PARTS["number_starts"] = Part("09_kernels", number_starts, lambda: {
 # 10: several processes
 
 def whole_gradient(gradients: list[Tensor], rows: list[int]) -> Tensor:
-    """Combine the gradients of the processes' mean losses into the gradient of the mean loss of the whole batch.
+    """Combine the gradients of the processes' mean losses into the gradient of the mean
+    loss of the whole batch.
 
     `rows` are the numbers of rows that the processes had; one of them may be 0."""
     return torch.stack([g * n for g, n in zip(gradients, rows, strict=True)]).sum(0) / sum(rows)
@@ -1259,7 +1316,8 @@ PARTS["whole_gradient"] = Part("10_distributed", whole_gradient, lambda: {
 # 11: checking
 
 def ulps(a: float, b: float) -> int:
-    """Count the steps from one float32 number to the next that lead from a to b, both finite, whichever is larger.
+    """Count the steps from one float32 number to the next that lead from a to b, both
+    finite, whichever is larger.
 
     -0 and 0 are the same number."""
     bits = torch.tensor([a, b], dtype=torch.float32).view(torch.int32).tolist()
@@ -1284,7 +1342,8 @@ PARTS["ulps"] = Part("11_check", ulps, _ulps_cases, {
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Count the fewest insertions, deletions, replacements and swaps of two neighbors that turn `a` into `b`.
+    """Count the fewest insertions, deletions, replacements and swaps of two neighbors
+    that turn `a` into `b`.
 
     Each costs 1; what was swapped is not changed again."""
     rows = [list(range(len(b) + 1))]
