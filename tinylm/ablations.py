@@ -18,7 +18,7 @@ import math
 import multiprocessing
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
@@ -177,7 +177,7 @@ class Plan:
     search_seeds: tuple[int, ...] = (0,)  # seeds of the search
     seeds: tuple[int, ...] = ()  # fresh seeds, for the runs after the search
 
-    def runs(self, seeds: Sequence[int], rates: dict[str, Sequence[float]]) -> Runs:
+    def runs(self, seeds: Sequence[int], rates: Mapping[str, Sequence[float]]) -> Runs:
         """List the runs of all variants at their rates, the first seed first."""
         configs = {name: vary(self.base, name) for name in self.variants}
         return [
@@ -194,8 +194,9 @@ class Plan:
     def fresh(self, searched: Sequence[Result]) -> Runs:
         """List the fresh runs: each variant at its best rate and the baseline's."""
         best = {name: found.best for name, found in search_results(searched).items()}
-        pairs = {name: {own, best.get("baseline")} for name, own in best.items()}
-        return self.runs(self.seeds, {v: sorted(p - {None}) for v, p in pairs.items()})
+        base = best.get("baseline")
+        rates = {v: sorted(lr for lr in {own, base} if lr) for v, own in best.items()}
+        return self.runs(self.seeds, rates)
 
     def results(self, folder: str | Path) -> tuple[list[Result], list[Result]]:
         """Read the records that a folder has: of the search, and of the fresh runs."""
@@ -249,7 +250,7 @@ def plot_search(results: Sequence[Result], axis: Any, ceiling: float = math.inf)
         line = np.where(means <= top, means, np.nan)
         axis.plot(rates, line, **style, markevery=[], label=variant)
         for rate, loss in [(lr, loss) for lr in rates for loss in curve[lr].values()]:
-            mark = {"mfc": "white"} if loss > top else {}
+            mark: dict[str, Any] = {"mfc": "white"} if loss > top else {}
             cross = {"marker": "x", "color": "#c00000", "ms": 9, "mew": 2}
             mark = cross if math.isinf(loss) else mark
             axis.plot(rate, min(loss, top), **style | {"ls": "", "ms": 5} | mark)
@@ -292,8 +293,8 @@ def paired_difference(ours: dict[int, float], base: dict[int, float]) -> Differe
     if n < len(both) or n == 0:
         return Difference(values, math.nan, math.inf, len(both) - n)
     if n > 1:
-        half_width = t_quantile(0.95, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
-    return Difference(values, float(np.mean(values)), float(half_width), 0)
+        half_width = t_quantile(0.95, n - 1) * float(np.std(values, ddof=1)) / n**0.5
+    return Difference(values, float(np.mean(values)), half_width, 0)
 
 
 def differences(results: Iterable[Result]) -> dict[tuple[str, float], Difference]:
@@ -516,7 +517,7 @@ def run_plan(plan: Plan, folder: str | Path, executor: Executor) -> dict[str, st
     FOLDER/runs/NAME, and goes on from there. A run that crashes keeps no other from its
     end; returns what went wrong, by name. Fresh seeds wait for a search without gaps.
     """
-    folder, failures = Path(folder), {}
+    folder, failures = Path(folder), dict[str, str]()
     for stage in (plan.search, lambda: plan.fresh(plan.results(folder)[0])):
         named = {} if failures else {run_name(config): config for _, config in stage()}
         todo = [name for name in named if not Path(folder, f"{name}.json").exists()]
@@ -589,6 +590,9 @@ def run_sweep(verb: str, config: SweepConfig) -> int:
     Returns 1 if a run left no record, else 0. Raises InputError for unreadable lists.
     """
     shared = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
+    for name, other in {"seed": "--seeds", "run_dir": "--out", "resume": "--out"}.items():
+        if shared[name] != getattr(BASE, name):
+            raise InputError(f"--{name} makes no sense here: use {other}")
     if config.plan:
         free = ("corpus", "val_corpus", "data_dir", "device")
         own = {k: shared[k] for k in free if shared[k] != getattr(BASE, k)}
