@@ -112,9 +112,9 @@ def test_a_slip_gets_one_line_and_leaves_nothing(argv, words, tmp_path, monkeypa
 def test_too_little_memory_is_told_in_a_line_and_a_bug_keeps_its_traceback(monkeypatch, capfd):
     import torch
 
-    monkeypatch.setitem(cli.VERBS, "data", (lambda argv: torch.empty(1 << 50), ""))
+    monkeypatch.setitem(cli.VERBS, "data", lambda argv: torch.empty(1 << 50))
     assert "out of memory; try a smaller --batch_size" in complaint(capfd, "data")
-    monkeypatch.setitem(cli.VERBS, "data", (lambda argv: torch.zeros(2) @ torch.zeros(3), ""))
+    monkeypatch.setitem(cli.VERBS, "data", lambda argv: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         cli.main(["data"])
 
@@ -129,7 +129,7 @@ def test_a_choice_out_of_range_is_told_before_anything_is_written(choice, own, c
 
 def told(capfd, *argv):
     capfd.readouterr()
-    assert cli.main(["generate", *argv, "--seed", "1", "--max_new_tokens", "9"]) == 0
+    assert cli.main(["generate", "--seed", "1", "--max_new_tokens", "9", *argv]) == 0
     return capfd.readouterr()
 
 
@@ -235,11 +235,12 @@ def test_export_writes_each_format_and_says_how_to_read_it(own, capfd, name):
 
 def test_check_prints_a_stub_and_judges_a_file(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["check", "silu", "softmax"]) == 0
+    assert cli.main(["check", "softmax", "RMSNorm"]) == 0
     Path("my.py").write_text(capfd.readouterr().out, encoding="utf-8")
-    assert cli.main(["check", "silu=my.py"]) == 1  # still a stub
-    Path("my.py").write_text("def mine(x):\n    return x * x.sigmoid()\n", encoding="utf-8")
-    assert cli.main(["check", "silu=my.py:mine"]) == 0
+    assert cli.main(["check", "softmax=my.py"]) == 1  # still a stub
+    right = "def mine(x, dim):\n    y = (x - x.amax(dim, True)).exp()\n    return y / y.sum(dim, True)\n"
+    Path("my.py").write_text(right, encoding="utf-8")
+    assert cli.main(["check", "softmax=my.py:mine"]) == 0
 
 
 def test_help_and_version_and_what_they_load(capfd):
@@ -268,7 +269,7 @@ def test_every_command_that_is_shown_is_understood(words, own, monkeypatch):
     import tinylm.ablations
     import tinylm.train
 
-    for verb, _ in cli.VERBS.values():
+    for verb in cli.VERBS.values():
         if isinstance(verb, type):
             monkeypatch.setattr(verb, "run", lambda self: 0)
     monkeypatch.setattr(tinylm.train, "train", lambda config, on_eval: "run")
@@ -305,7 +306,7 @@ def test_ctrl_c_in_any_verb_is_a_line(monkeypatch, capfd):
     def stop(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.VERBS, "data", (stop, ""))
+    monkeypatch.setitem(cli.VERBS, "data", stop)
     assert "interrupted" in complaint(capfd, "data", code=130)
 
 

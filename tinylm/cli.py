@@ -1,4 +1,19 @@
-"""The `tinylm` command: flags read by tyro, one line for every mistake. A plain module, not from a chapter."""
+"""The `tinylm` command: flags read by tyro, one line for every mistake. A plain module, not from a chapter.
+
+usage: tinylm VERB [OPTIONS]
+
+  data      make or fetch a corpus, and look at it
+  tokenize  train a tokenizer and encode a corpus
+  train     train a model; without flags, from nothing to a told story in under 3 minutes
+  generate  tell stories with a trained model
+  search    find the best learning rate, and the one at which training diverges
+  ablate    take parts out of the model and measure what is lost, with error bars
+  compare   check a run against reference runs: is it right?
+  export    write a trained model in the format of another tool
+  check     compare your own part with the book's: RMSNorm=my.py:MyNorm
+
+Begin with `tinylm train`, then `tinylm generate`.
+`tinylm VERB --help` shows the options of a verb; `tinylm --version` the version."""
 import contextlib
 import difflib
 import io
@@ -177,16 +192,16 @@ def intent(config: Any) -> str:
 
 
 def train(argv: Sequence[str]) -> int:
+    """Run `train`; exit code 3 says that the loss stopped being finite."""
     config, plan = train_flags(argv)
-    from tinylm.train import Diverged, forecast
-    from tinylm.train import train as train_model
+    from tinylm import train as book
 
-    print(forecast(config) if plan else intent(config), flush=True)
+    print(book.forecast(config) if plan else intent(config), flush=True)
     if plan:
         return 0
     try:
-        run = train_model(config, on_eval=tell)
-    except Diverged as err:
+        run = book.train(config, on_eval=tell)
+    except book.Diverged as err:
         say(f"tinylm: {err}")
         return 3
     print(f"The run lies in {run}. To hear more:\n\n    tinylm generate {run} --num 3\n")
@@ -366,16 +381,9 @@ class Check:
         return min(wrong, 1)
 
 
-VERBS: dict[str, tuple[Any, str]] = {
-    "data": (Data, "make or fetch a corpus, and look at it"),
-    "tokenize": (Tokenize, "train a tokenizer and encode a corpus"),
-    "train": (train, "train a model; without flags, from nothing to a told story in under 3 minutes"),
-    "generate": (Generate, "tell stories with a trained model"),
-    "search": (partial(sweep, "search"), "find the best learning rate, and the one at which training diverges"),
-    "ablate": (partial(sweep, "ablate"), "take parts out of the model and measure what is lost, with error bars"),
-    "compare": (Compare, "check a run against reference runs: is it right?"),
-    "export": (Export, "write a trained model in the format of another tool"),
-    "check": (Check, "compare your own part with the book's: RMSNorm=my.py:MyNorm"),
+VERBS: dict[str, Any] = {  # a dataclass of flags that runs, or a function of the arguments
+    "data": Data, "tokenize": Tokenize, "train": train, "generate": Generate, "search": partial(sweep, "search"),
+    "ablate": partial(sweep, "ablate"), "compare": Compare, "export": Export, "check": Check,
 }
 
 
@@ -383,18 +391,15 @@ def dispatch(argv: Sequence[str]) -> int:
     """Do what the arguments say."""
     name = argv[0] if argv else "--help"
     if name in VERBS:
-        verb = VERBS[name][0]
+        verb = VERBS[name]
         return read_flags(verb, argv[1:], name).run() if isinstance(verb, type) else verb(argv[1:])
-    if name not in ("-h", "--help", "help", "--version"):
-        near = [f"did you mean {verb}? " for verb in difflib.get_close_matches(name, VERBS, n=1)]
-        raise InputError(f"unknown verb {name!r}; {''.join(near)}see `tinylm --help`")
     if name == "--version":
         print(f"tinylm {__version__}")
+    elif name in ("-h", "--help", "help"):
+        print(f"tinylm {__version__}: a language model from scratch\n{(__doc__ or '').partition(chr(10))[2]}")
     else:
-        print(f"tinylm {__version__}: a language model from scratch\n\nusage: tinylm VERB [OPTIONS]\n")
-        print("\n".join(f"  {verb:10}{what}" for verb, (_, what) in VERBS.items()))
-        print("\nBegin with `tinylm train`, then `tinylm generate`.\n"
-              "`tinylm VERB --help` shows the options of a verb; `tinylm --version` the version.")
+        near = [f"did you mean {verb}? " for verb in difflib.get_close_matches(name, VERBS, n=1)]
+        raise InputError(f"unknown verb {name!r}; {''.join(near)}see `tinylm --help`")
     return 0
 
 
