@@ -5,23 +5,22 @@
 # %% auto #0
 __all__ = ['PRESETS', 'FREE', 'COMPILERS', 'OnEval', 'OnLog', 'evaluate', 'evaluate_stories', 'TrainConfig', 'Diverged', 'Watch',
            'train_step', 'read_config', 'read_metrics', 'checkpoints', 'load_newest', 'load_run', 'pick_device',
-           'memory_there', 'Stopped', 'Log', 'train', 'tracker', 'environment', 'commit', 'plot_run', 'forecast',
-           'record_run']
+           'Stopped', 'Log', 'train', 'tracker', 'environment', 'commit', 'plot_run', 'forecast', 'record_run']
 
 # %% ../nbs/05_train.ipynb #bbb734ed
 import importlib.util
+import itertools
 import json
 import math
 import os
 import platform
-import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from signal import Signals
 from typing import Any, Literal
@@ -31,11 +30,15 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 import tinylm
-from .checkpoint import load_checkpoint, read_state, save_checkpoint
-from .core import END_OF_TEXT, InputError, atomic_write, cannot_write, noted_signals, read_json, say
-from .data import corpus_name, cut_stories, draw_starts, fables_floor, fetch_corpus, get_batch, prepare, windows
-from .distributed import all_reduce_max, all_reduce_mean, full_tensor, on_rank0, process_group, rank, world_size, wrap
-from .model import ModelConfig, TransformerLM, flops_per_token, memory_table, num_parameters
+from .checkpoint import load_checkpoint, save_checkpoint
+from .core import END_OF_TEXT, InputError, atomic_write, cannot_write
+from .core import noted_signals, read_json, say
+from .data import corpus_name, cut_stories, draw_starts, fables_floor
+from .data import fetch_corpus, get_batch, prepare, windows
+from .distributed import all_reduce_max, all_reduce_mean, full_tensor
+from .distributed import on_rank0, process_group, rank, world_size, wrap
+from .model import ModelConfig, TransformerLM, flops_per_token, memory_table
+from .model import num_parameters
 from .optim import AdamW, clip_grad_norm, cosine_lr, cross_entropy
 from .tokenizer import TokenFile, Tokenizer
 
@@ -46,11 +49,16 @@ def evaluate(
     tokens: np.ndarray,  # validation tokens in a row, shape (N,)
     config: "TrainConfig",  # its context_length and eval_windows choose the windows
 ) -> float:  # mean loss in nats per token
-    """Measure the loss on windows spread evenly over the tokens, the same for every run on the same data."""
+    """Measure the loss on windows spread evenly over the tokens.
+
+    They are the same for every run on the same data. Raises InputError when there are
+    too few tokens for one.
+    """
     device, length = next(model.parameters()).device, config.context_length
     num_windows = min(config.eval_windows, (len(tokens) - 1) // length)
     if num_windows < 1:
-        raise InputError(f"{len(tokens)} validation tokens are too few: context_length {length} needs {length + 1}")
+        need = f"context_length {length} needs {length + 1}"
+        raise InputError(f"{len(tokens)} validation tokens are too few: {need}")
     starts = np.linspace(0, len(tokens) - 1 - length, num_windows).astype(np.int64)
     total = 0.0
     for i in range(0, num_windows, 16):
@@ -61,21 +69,22 @@ def evaluate(
 # %% ../nbs/05_train.ipynb #4924a1c7
 @torch.no_grad()
 def evaluate_stories(
-    model: TransformerLM,  # the model to measure; its context_length says which stories fit
+    model: TransformerLM,  # its context_length says which stories fit
     tokens: np.ndarray,  # validation tokens in a row, shape (N,)
     end_id: int,  # id of <|endoftext|>
-) -> tuple[float, int, int]:  # mean loss in nats per token, number of tokens predicted, number of stories
-    """Measure the loss on whole stories, one a row, each from its first token to its `<|endoftext|>`.
+) -> tuple[float, int, int]:  # nats per token, number of tokens, number of stories
+    """Measure the loss on whole stories, one a row, each with its `<|endoftext|>`.
 
     Stories longer than the context are left out. Raises InputError when none fits.
     """
-    device = next(model.parameters()).device
-    rows = sorted(cut_stories(tokens, end_id, model.config.context_length), key=len)
+    device, length = next(model.parameters()).device, model.config.context_length
+    rows = sorted(cut_stories(tokens, end_id, length), key=len)
     if not rows:
-        raise InputError(f"no story fits into context_length {model.config.context_length}; choose a longer context")
+        raise InputError(f"no story fits into context_length {length}; take more")
     total, count = 0.0, 0
     for i in range(0, len(rows), 16):
-        padded = nn.utils.rnn.pad_sequence([torch.from_numpy(r) for r in rows[i : i + 16]], True, -1).to(device)
+        batch = [torch.from_numpy(row) for row in rows[i : i + 16]]
+        padded = nn.utils.rnn.pad_sequence(batch, True, -1).to(device)
         x, y = padded[:, :-1].clamp(min=0), padded[:, 1:]
         real = y >= 0
         total += cross_entropy(model(x)[real], y[real]).item() * int(real.sum())
@@ -87,16 +96,16 @@ def evaluate_stories(
 class TrainConfig(ModelConfig):
     """Describe a training run completely; the defaults are the reference preset."""
 
-    preset: Literal["debug", "laptop", "reference"] = "reference"  # named set of defaults; in Python, PRESETS[name]
-    corpus: str = "fables"  # fables, tinystories, owt, or the path of a .txt or .txt.gz file
-    val_corpus: str | None = None  # validation text for a corpus given by path; None holds out its last documents
+    preset: Literal["debug", "laptop", "reference"] = "reference"  # set of defaults
+    corpus: str = "fables"  # fables, tinystories, owt, or the path of a .txt or .txt.gz
+    val_corpus: str | None = None  # validation text; None: the corpus's last documents
     data_dir: str = "data"  # folder for corpora, tokenizers and token files
-    run_dir: str | None = None  # folder of the run; None means a new one, runs/<date>-<corpus>-<preset>
-    resume: str | None = None  # folder of a run to go on with, instead of starting one
+    run_dir: str | None = None  # folder of the run; None means a new one in runs/
+    resume: str | None = None  # folder of a run to go on with; it must be there
     seed: int = 0  # of the initial parameters and of the order of the data
     device: str = "auto"  # cpu, cuda, mps, or auto for the best one there is
     lr: float = 8e-4  # learning rate at the end of the warm-up
-    min_lr: float | None = None  # learning rate at the end of the cosine; None means lr / 10
+    min_lr: float | None = None  # rate at the end of the cosine; None means lr / 10
     batch_size: int = 64  # windows per step
     beta1: float = 0.9  # AdamW's memory of gradients
     beta2: float = 0.999  # AdamW's memory of squared gradients
@@ -104,38 +113,40 @@ class TrainConfig(ModelConfig):
     warmup_iters: int = 2_000  # steps of linear warm-up
     cosine_cycle_iters: int = 20_000  # step at which the cosine reaches min_lr
     max_l2_norm: float = 1.0  # longest gradient that is not clipped
-    grad_accum_steps: int = 1  # pieces that a batch goes through the model in, one after the other, to save memory
-    dtype: Literal["float32", "bfloat16"] = "float32"  # numbers in the matrix products; weights stay float32
+    grad_accum_steps: int = 1  # pieces in which a batch is computed, to save memory
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the matrix products
     compile: bool = False  # let torch.compile write faster code for the model first
-    fsdp: bool = False  # under torchrun, let each process keep a part of the model instead of all of it
-    max_steps: int | None = None  # steps to take, whatever the cosine's length; None means cosine_cycle_iters
-    max_minutes: float | None = None  # stop after so many minutes with a checkpoint; --resume goes on
+    fsdp: bool = False  # under torchrun, keep only a part of the model in each process
+    max_steps: int | None = None  # steps to take; None means cosine_cycle_iters
+    max_minutes: float | None = None  # stop after so many minutes, to go on later
     log_every: int = 50  # steps between lines of the log
     eval_every: int = 500  # steps between evaluations
     eval_windows: int = 256  # windows of the validation set that are evaluated
     checkpoint_every: int = 1_000  # steps between checkpoints
     watch: bool = False  # log activations, gradients and updates of every layer too
-    tracker: Literal["none", "tensorboard", "wandb"] = "none"  # program that also shows the log
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"  # also shows the log
 
     def __post_init__(self) -> None:
         """Raise InputError for the first value that cannot work."""
         super().__post_init__()
-
-        def need(names: str, fits: Callable[[Any], bool], expected: str) -> None:
+        cycle, pieces = self.cosine_cycle_iters, self.grad_accum_steps
+        needs: list[tuple[str, Callable[[Any], bool], str]] = [
+            ("batch_size grad_accum_steps cosine_cycle_iters max_steps log_every "
+             "eval_every eval_windows checkpoint_every", lambda x: x >= 1, "1 or more"),
+            ("lr max_l2_norm max_minutes", lambda x: 0 < x < math.inf, "more than 0"),
+            ("beta1 beta2", lambda x: 0 <= x < 1, "at least 0 and less than 1"),
+            ("weight_decay seed", lambda x: 0 <= x < math.inf, "0 or more"),
+            ("min_lr", lambda x: 0 <= x <= self.lr, f"0 to lr, which is {self.lr}"),
+            ("warmup_iters", lambda x: 0 <= x < cycle,
+             f"0 or more, and less than cosine_cycle_iters, which is {cycle}"),
+            ("batch_size", lambda x: x % pieces == 0,
+             f"a multiple of grad_accum_steps, which is {pieces}"),
+        ]
+        for names, fits, expected in needs:
             for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not fits(value):
                     raise InputError(f"{name} is {value}; expected {expected}")
-
-        need("batch_size grad_accum_steps cosine_cycle_iters max_steps log_every eval_every eval_windows "
-             "checkpoint_every", lambda x: x >= 1, "at least 1")
-        need("lr max_l2_norm max_minutes", lambda x: 0 < x < math.inf, "a number greater than 0")
-        need("beta1 beta2", lambda x: 0 <= x < 1, "at least 0 and less than 1")
-        need("weight_decay seed", lambda x: 0 <= x < math.inf, "0 or more")
-        need("min_lr", lambda x: 0 <= x <= self.lr, f"0 to lr, which is {self.lr}")
-        cycle, pieces = self.cosine_cycle_iters, self.grad_accum_steps
-        need("warmup_iters", lambda x: 0 <= x < cycle, f"0 or more, and less than cosine_cycle_iters, which is {cycle}")
-        need("batch_size", lambda x: x % pieces == 0, f"a multiple of grad_accum_steps, which is {pieces}")
 
     @property
     def last_step(self) -> int:
@@ -144,88 +155,87 @@ class TrainConfig(ModelConfig):
 
     def lr_at(self, step: int) -> float:
         """Compute the learning rate of one step, counted from 1."""
-        min_lr = self.lr / 10 if self.min_lr is None else self.min_lr
-        return cosine_lr(step, self.lr, min_lr, self.warmup_iters, self.cosine_cycle_iters)
+        low = self.lr / 10 if self.min_lr is None else self.min_lr
+        return cosine_lr(step, self.lr, low, self.warmup_iters, self.cosine_cycle_iters)
 
 # %% ../nbs/05_train.ipynb #b034cb68
 PRESETS = {  # what `--preset` begins with
     "debug": TrainConfig(
-        preset="debug", vocab_size=1792, context_length=256, d_model=32, num_layers=2, num_heads=2, d_ff=96,
-        lr=2e-2, batch_size=8, warmup_iters=5, cosine_cycle_iters=40,
-        log_every=5, eval_every=20, eval_windows=16, checkpoint_every=20,
-    ),
+        preset="debug", vocab_size=1792, d_model=32, num_layers=2, num_heads=2, d_ff=96,
+        lr=2e-2, batch_size=8, warmup_iters=5, cosine_cycle_iters=40, log_every=5,
+        eval_every=20, eval_windows=16, checkpoint_every=20),
     "laptop": TrainConfig(
-        preset="laptop", vocab_size=1792, context_length=256, d_model=128, num_layers=2, num_heads=8, d_ff=352,
-        lr=1e-2, batch_size=8, warmup_iters=50, cosine_cycle_iters=1200,
-        log_every=10, eval_every=200, eval_windows=64, checkpoint_every=200,
-    ),
+        preset="laptop", vocab_size=1792, d_model=128, num_layers=2, num_heads=8,
+        d_ff=352, lr=1e-2, batch_size=8, warmup_iters=50, cosine_cycle_iters=1200,
+        log_every=10, eval_every=200, eval_windows=64, checkpoint_every=200),
     "reference": TrainConfig(preset="reference"),
 }
+
+# %% ../nbs/05_train.ipynb #0a5f1c33
 FREE = {  # what may change when a run goes on: it has no effect on what is learned
-    "run_dir", "resume", "preset", "watch", "max_steps", "max_minutes", "device", "data_dir", "log_every",
-    "eval_every", "checkpoint_every", "fsdp", "compile", "tracker",
+    "run_dir", "resume", "preset", "watch", "max_steps", "max_minutes", "device",
+    "data_dir", "log_every", "eval_every", "checkpoint_every", "fsdp", "compile",
+    "tracker",
 }
 
-
+# %% ../nbs/05_train.ipynb #0a5f1c34
 class Diverged(RuntimeError):
-    """The loss or its gradient is not a finite number; the weights are those before the bad step."""
+    """The loss or its gradient is no finite number; the step was not taken."""
 
-    def __init__(
-        self,
-        step: int,  # the step whose update was not taken
-        loss: float,  # its loss
-        grad_norm: float,  # the length of its gradient
-    ):
+    def __init__(self, step: int, loss: float, grad_norm: float):
         found = f"loss {loss}, gradient norm {grad_norm}"
-        super().__init__(f"training diverged at step {step}: {found}; lower the learning rate")
+        advice = "lower the learning rate"
+        super().__init__(f"training diverged at step {step}: {found}; {advice}")
         self.step, self.loss, self.grad_norm = step, loss, grad_norm
 
 # %% ../nbs/05_train.ipynb #3894fd76
 class Watch:
-    """Measure, in each step, the activations, the gradient and the update of each part of a model."""
+    """Measure the activations, the gradient and the update of each part of a model."""
 
     def __init__(self, model: Any):
-        layers = {f"layers.{i}": layer for i, layer in enumerate(model.layers)}
-        ends = {"ln_final": model.ln_final, "lm_head": model.lm_head}
-        self.parts: dict[str, nn.Module] = {"token_embeddings": model.token_embeddings, **layers, **ends}
-        self.row: dict[str, dict[str, float | str]] = {}  # of the step that was taken last
-        for name, part in self.parts.items():
-            part.register_forward_hook(lambda module, inputs, output, name=name: self.activation(name, output))
-
-    def parameters(self) -> dict[str, list[Tensor]]:
-        """Give the weights of each part; without norms, ln_final has none."""
-        weights = {name: [p.detach() for p in part.parameters()] for name, part in self.parts.items()}
-        return {name: tensors for name, tensors in weights.items() if tensors}
+        layers = [f"layers.{i}" for i in range(len(model.layers))]
+        names = ["token_embeddings", *layers, "ln_final", "lm_head"]
+        self.row: dict[str, dict[str, float | str]] = {}  # of the step taken last
+        self.weights: dict[str, list[Any]] = {}
+        for name in names:
+            part = model.get_submodule(name)
+            part.register_forward_hook(
+                lambda module, inputs, x, name=name: self.activation(name, x))
+            if weights := list(part.parameters()):  # ln_final may have none
+                self.weights[name] = weights
 
     def begin(self) -> None:
         """Remember the weights before a step."""
         self.row = {"activations": {}, "gradients": {}, "updates": {}}
-        self.before = {name: [p.clone() for p in tensors] for name, tensors in self.parameters().items()}
+        self.before = {name: [p.detach().clone() for p in weights]
+                       for name, weights in self.weights.items()}
 
-    def activation(self, name: str, output: Tensor) -> None:
-        """Note the root mean square of what a part gave, unless it was asked without gradients, as in evaluation."""
+    def activation(self, name: str, x: Tensor) -> None:
+        """Note the root mean square of a part's output, but not in an evaluation."""
         if torch.is_grad_enabled():
-            square = all_reduce_mean(output.detach().float().square().mean())
+            square = all_reduce_mean(x.detach().float().square().mean())
             self.row["activations"][name] = _number(square.sqrt().item())
 
     def gradients(self) -> None:
         """Note the length of each part's gradient."""
-        for name in self.before:
-            found = [p.grad for p in self.parts[name].parameters() if p.grad is not None]
-            self.row["gradients"][name] = _number(_length(found))
+        for name, weights in self.weights.items():
+            self.row["gradients"][name] = _number(_length([p.grad for p in weights]))
 
     def updates(self) -> None:
         """Note how far each part's weights moved, relative to their length."""
-        for name, after in self.parameters().items():
-            moves = [a - b for a, b in zip(after, self.before[name], strict=True)]
-            self.row["updates"][name] = _number(_length(moves) / _length(after))
+        for name, weights in self.weights.items():
+            pairs = zip(weights, self.before[name], strict=True)
+            moved = _length([after.detach() - before for after, before in pairs])
+            self.row["updates"][name] = _number(moved / _length(weights))
 
 # %% ../nbs/05_train.ipynb #621b2b0d
-def _length(tensors: list[Tensor]) -> float:
+@torch.no_grad()
+def _length(tensors: list[Any]) -> float:
     """Compute the L2 norm of several tensors together."""
-    return full_tensor(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))).item()
+    norms = torch.stack(torch._foreach_norm(tensors))
+    return full_tensor(torch.linalg.vector_norm(norms)).item()
 
-# %% ../nbs/05_train.ipynb #7614ad73
+
 def _number(x: float) -> float | str:
     """Round to four digits; JSON has no infinity, so that becomes a word."""
     return float(f"{x:.4g}") if math.isfinite(x) else str(x)
@@ -239,7 +249,7 @@ def train_step(
     step: int,  # which step this is, counted from 1
     watch: Watch | None = None,  # notes what each layer does
 ) -> tuple[float, float]:  # loss before the update, gradient norm before clipping
-    """Take one step. Raises Diverged, before the update, if loss or gradient are not finite."""
+    """Take one step. Raises Diverged, before it, for a loss that is no number."""
     for group in optimizer.param_groups:
         group["lr"] = config.lr_at(step)
     optimizer.zero_grad()
@@ -247,15 +257,16 @@ def train_step(
         watch.begin()
     pieces, total = config.grad_accum_steps, torch.zeros((), device=batch[0].device)
     for x, y in zip(batch[0].chunk(pieces), batch[1].chunk(pieces), strict=True):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        half = config.dtype == "bfloat16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             logits = model(x)
         loss = cross_entropy(logits.float(), y) / pieces
         loss.backward()
         total += loss.detach()
     if watch:
         watch.gradients()
-    grad_norm = full_tensor(clip_grad_norm(model.parameters(), config.max_l2_norm))
-    loss_value, norm_value = torch.stack([all_reduce_mean(total), grad_norm]).tolist()
+    norm = full_tensor(clip_grad_norm(model.parameters(), config.max_l2_norm))
+    loss_value, norm_value = torch.stack([all_reduce_mean(total), norm]).tolist()
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         raise Diverged(step, loss_value, norm_value)
     optimizer.step()
@@ -264,202 +275,219 @@ def train_step(
     return loss_value, norm_value
 
 # %% ../nbs/05_train.ipynb #d837df92
-def read_config(
-    run_dir: str | Path,  # the folder of a run
-) -> TrainConfig:  # what it was made with
+def read_config(run_dir: str | Path) -> TrainConfig:
     """Read the config of a run. Raises InputError when the folder is no run."""
-    if not Path(run_dir, "config.json").exists():
+    path = Path(run_dir, "config.json")
+    if not path.exists():
         raise InputError(f"{run_dir}: not a run folder, it has no config.json")
-    saved = read_json(Path(run_dir, "config.json"))
-    try:
-        return TrainConfig(**{f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved})
-    except TypeError as error:
-        raise InputError(f"{Path(run_dir, 'config.json')}: not the config of a run ({error})") from error
+    saved = read_json(path)
+    names = [field.name for field in fields(TrainConfig) if field.name in saved]
+    return TrainConfig(**{name: saved[name] for name in names})
 
 # %% ../nbs/05_train.ipynb #d04843df
-def read_metrics(
-    run_dir: str | Path,  # the folder of a run
-) -> list[dict[str, Any]]:  # step, tokens, seconds, train_loss, val_loss, lr, grad_norm, tokens_per_second, ...
-    """Read the lines of a run's log; a last one that a crash has cut off is no line."""
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Read the lines of a run's log; a last one that a crash has cut off is none."""
     with open(Path(run_dir, "metrics.jsonl"), encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.endswith("\n")]
 
 # %% ../nbs/05_train.ipynb #cf94b1b0
-def checkpoints(
-    run_dir: str | Path,  # the folder of a run
-) -> list[Path]:  # checkpoint folders, the newest first
-    """List a run's checkpoints; only `step-` and eight digits is one, so a copy under another name is the user's."""
-    folders = Path(run_dir, "checkpoints").glob("step-*")
-    return sorted((path for path in folders if re.fullmatch(r"step-\d{8}", path.name)), reverse=True)
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """List a run's checkpoints, the newest first; under other names are the user's."""
+    names = Path(run_dir, "checkpoints").glob("step-" + 8 * "[0-9]")
+    return sorted(names, reverse=True)
 
 # %% ../nbs/05_train.ipynb #1595382c
 def load_newest(
     run_dir: str | Path,  # the folder of a run
     model: nn.Module,  # gets the parameters
     optimizer: torch.optim.Optimizer | None = None,  # gets its state
-) -> dict[str, Any] | None:  # the checkpoint's state.json, None if the run has no checkpoint yet
-    """Load the newest checkpoint that is not damaged. Raises InputError when all of them are."""
+) -> dict[str, Any] | None:  # its state.json, None if the run has no checkpoint yet
+    """Load the newest checkpoint that is not damaged; name those that are.
+
+    Raises InputError when there are some, and all of them are damaged.
+    """
     folders = checkpoints(run_dir)
     for folder in folders:
         try:
-            state = read_state(folder)[1]
             load_checkpoint(folder, model, optimizer)
-            return state
+            return read_json(folder / "state.json")
         except InputError as error:
-            say(f"{error}; trying the checkpoint before it" if folder != folders[-1] else str(error))
+            say(f"{error}; trying the checkpoint before it")
     if folders:
-        raise InputError(f"{run_dir}: none of its {len(folders)} checkpoints can be used; start a new run")
+        what = f"none of its {len(folders)} checkpoints can be used"
+        raise InputError(f"{run_dir}: {what}; start a new run")
     return None
 
 # %% ../nbs/05_train.ipynb #1609f10d
 def load_run(
     run_dir: str | Path,  # the folder of a run
     device: str = "cpu",  # where the model will live; "auto" for the best there is
-) -> tuple[TransformerLM, Tokenizer, TrainConfig]:  # the model of the newest valid checkpoint, tokenizer, config
-    """Load what a run has made so far. Raises InputError when there is nothing to load."""
+) -> tuple[TransformerLM, Tokenizer, TrainConfig]:
+    """Load the model of a run's newest valid checkpoint, its tokenizer and its config.
+
+    Raises InputError when there is nothing to load.
+    """
     config = read_config(run_dir)
-    model = TransformerLM(config, seed=config.seed)
+    model, folder = TransformerLM(config, seed=config.seed), Path(run_dir, "tokenizer")
     if load_newest(run_dir, model) is None:
         raise InputError(f"{run_dir}: the run has no checkpoint yet")
-    tokenizer = Tokenizer.load(Path(run_dir, "tokenizer"))
-    if tokenizer.fingerprint != read_json(Path(run_dir, "config.json"))["data"]["fingerprint"]:
-        raise InputError(f"{Path(run_dir, 'tokenizer')}: not the tokenizer that this run began with; bring that back")
+    tokenizer = Tokenizer.load(folder)
+    data = read_json(Path(run_dir, "config.json"))["data"]
+    if tokenizer.fingerprint != data["fingerprint"]:
+        what = "not the tokenizer that this run began with"
+        raise InputError(f"{folder}: {what}; bring that back")
     return model.to(pick_device(device)), tokenizer, config
 
 # %% ../nbs/05_train.ipynb #6b02821e
-def pick_device(
-    name: str,  # cpu, cuda, cuda:1, mps, or auto for the best there is
-) -> str:  # the name of a device that is there
-    """Choose a device. Raises InputError for one that is not there."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def pick_device(name: str) -> str:
+    """Check that a device is there, or choose the best one for "auto"."""
+    best = "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else best
     if name == "auto":
         return best
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} cannot be used here; try {best} or auto") from error
+        what = f"device {name!r} cannot be used here"
+        raise InputError(f"{what}; try {best} or auto") from error
     return name
 
-# %% ../nbs/05_train.ipynb #38b96350
-def memory_there(
-    device: str,  # its name, as pick_device returns it
-) -> int | None:  # bytes for each process on this machine, None where the system does not tell
-    """Count the bytes of memory that a device has."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_properties(device).total_memory
-    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
 # %% ../nbs/05_train.ipynb #eeeb3e6b
-def _check_machine(config: TrainConfig) -> str:
-    """Choose the device. Raises InputError if the machine cannot do what the config wants."""
-    device, pieces = pick_device(config.device), world_size() * config.grad_accum_steps
-    if config.batch_size % pieces:
-        raise InputError(f"batch_size {config.batch_size} must be a multiple of {pieces}: processes x grad_accum_steps")
-    if config.fsdp and world_size() == 1:
-        raise InputError("fsdp shares out the model among several processes; start them with torchrun, or leave it out")
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and config.run_dir is None:
-        raise InputError("torchrun --max-restarts needs --run_dir, by which a run that starts again is found")
-    if config.compile and device == "cpu" and not any(map(shutil.which, COMPILERS)):
-        raise InputError(f"compile needs a C++ compiler on the PATH: {', '.join(COMPILERS)}; or leave it out")
-    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
-        raise InputError(f"tracker {config.tracker} is a package that is not there; pip install {config.tracker}")
-    table = memory_table(config, config.batch_size // pieces, config.dtype)
-    model = sum(table[name] for name in ("weights", "gradients", "optimizer"))
-    needed = sum(table.values()) - (model - model // world_size() if config.fsdp else 0)
-    there = memory_there(device)
-    if there is not None and needed > there:
-        found = f"a step needs {needed / 1e9:.1f} GB of memory, and {device} has {there / 1e9:.1f} GB"
-        raise InputError(f"{found}; raise --grad_accum_steps, or choose a smaller batch or model")
-    return device
+COMPILERS = [os.environ.get("CXX", "g++"), "clang++", "cl"]  # torch.compile needs one
+
+
+def _check_machine(config: TrainConfig) -> tuple[str, dict[str, int]]:
+    """Choose the device, and count the memory of a step by purpose.
+
+    Raises InputError if the machine cannot do what the config wants.
+    """
+    device, processes = pick_device(config.device), world_size()
+    pieces, tracker = processes * config.grad_accum_steps, config.tracker
+    memory = memory_table(config, config.batch_size // pieces, config.dtype)
+    for name in ("weights", "gradients", "optimizer"):
+        memory[name] //= processes if config.fsdp else 1
+    needed, there = sum(memory.values()), math.inf
+    if device.startswith("cuda"):
+        there = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        there //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    no_compiler = device == "cpu" and not any(map(shutil.which, COMPILERS))
+    for wrong, message in [
+        (config.batch_size % pieces, f"batch_size {config.batch_size} must be a "
+         f"multiple of {pieces}: processes x grad_accum_steps"),
+        (config.fsdp and processes == 1, "fsdp shares out the model among several "
+         "processes; start them with torchrun, or leave it out"),
+        (restarts and config.run_dir is None, "torchrun --max-restarts needs "
+         "--run_dir, by which a run that starts again is found"),
+        (config.compile and no_compiler, "compile needs a C++ compiler on the PATH: "
+         f"{', '.join(COMPILERS)}; or leave it out"),
+        (tracker != "none" and importlib.util.find_spec(tracker) is None,
+         f"tracker {tracker} is a package that is not there; pip install {tracker}"),
+        (needed > there, f"a step needs {needed / 1e9:.1f} GB of memory, and {device} "
+         f"has {there / 1e9:.1f}; raise --grad_accum_steps, or take a smaller batch"),
+    ]:
+        if wrong:
+            raise InputError(message)
+    return device, memory
 
 # %% ../nbs/05_train.ipynb #eeb44715
-COMPILERS = [os.environ.get("CXX", "g++"), "clang++", "cl"]
-
-
 @on_rank0
-def _open_folder(config: TrainConfig, held: ExitStack) -> tuple[Path, TokenFile, TokenFile, float | None]:
-    """Prepare the data, then make the run's folder or find that the one there was made by this config; lock it."""
+def _open_folder(
+    config: TrainConfig,
+    held: ExitStack,  # gets the lock
+) -> tuple[Path, TokenFile, TokenFile, float | None]:
+    """Prepare the data; make the run's folder, or find one made by this config."""
     run_dir = Path(config.resume or config.run_dir or "").expanduser()
     if config.resume is not None:
         read_config(run_dir)  # it must be there
+    elif config.run_dir is None:
+        now, corpus = time.strftime("%Y-%m-%d-%H%M%S"), corpus_name(config.corpus)
+        new = Path("runs", f"{now}-{corpus}-{config.preset}")
+        others = (new.with_name(f"{new.name}-{i}") for i in itertools.count(2))
+        run_dir = next(p for p in itertools.chain([new], others) if not p.exists())
     tokenizer, train_file, valid_file = prepare(config)
     try:
-        if config.resume is None and config.run_dir is None:
-            name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{corpus_name(config.corpus)}-{config.preset}"
-            for i in range(1, 1000):  # several runs may begin in the same second
-                run_dir = Path("runs", name if i == 1 else f"{name}-{i}")
-                run_dir.parent.mkdir(exist_ok=True)
-                try:
-                    run_dir.mkdir()
-                    break
-                except FileExistsError:
-                    continue
         run_dir.mkdir(parents=True, exist_ok=True)
         held.enter_context(FileLock(run_dir / ".lock", timeout=0))
     except Timeout as error:
-        raise InputError(f"{run_dir}: in use by another process; stop it first, or wait") from error
+        what = "in use by another process"
+        raise InputError(f"{run_dir}: {what}; stop it first, or wait") from error
     except OSError as error:
         raise cannot_write(run_dir, error) from error
-    data = {"fingerprint": tokenizer.fingerprint, "sha256": train_file.sha256, "valid_sha256": valid_file.sha256}
-    if (run_dir / "config.json").exists():
-        saved, ours = read_json(run_dir / "config.json"), asdict(config)
-        for name in ours:
+
+    path, ours = run_dir / "config.json", asdict(config)
+    data: dict[str, Any] = {
+        "name": corpus_name(config.corpus), "tokens": train_file.count,
+        "sha256": train_file.sha256, "valid_tokens": valid_file.count,
+        "valid_sha256": valid_file.sha256, "fingerprint": tokenizer.fingerprint}
+    if path.exists():
+        saved = read_json(path)
+        for name in (name for name in ours if name not in FREE):
             before = saved.get(name, getattr(TrainConfig, name, None))
-            if name not in FREE and before != ours[name]:
+            if before != ours[name]:
                 what = f"made with {name} {before}, not {ours[name]}"
-                raise InputError(f"{run_dir}: {what}; go on with what it was made with, or choose another --run_dir")
-        for name, value in data.items():
-            if saved["data"].get(name) != value:
-                what = {"fingerprint": "tokenizer", "sha256": "training text", "valid_sha256": "validation text"}[name]
-                raise InputError(f"{run_dir}: its {what} has changed since it began; bring that back, or start a new run")
-        for path in Path(run_dir, "checkpoints").glob(".*.tmp"):  # begun when the process was killed
-            shutil.rmtree(path, ignore_errors=True)
+                advice = "go on with what it was made with, or choose another --run_dir"
+                raise InputError(f"{run_dir}: {what}; {advice}")
+        for name, what in [("fingerprint", "tokenizer"), ("sha256", "training text"),
+                           ("valid_sha256", "validation text")]:
+            if saved["data"].get(name) != data[name]:
+                what = f"its {what} has changed since it began"
+                advice = "bring that back, or start a new run"
+                raise InputError(f"{run_dir}: {what}; {advice}")
+        for folder in Path(run_dir, "checkpoints").glob(".*.tmp"):
+            shutil.rmtree(folder, ignore_errors=True)  # by one that was killed
         return run_dir, train_file, valid_file, saved["data"]["floor"]
-    if {path.name for path in run_dir.iterdir()} - {".lock", "tokenizer"}:
-        raise InputError(f"{run_dir}: there are files in it, and no run; choose another --run_dir")
-    text = fetch_corpus(config.corpus, config.data_dir, config.val_corpus)["train"]
-    about: dict[str, Any] = {"name": corpus_name(config.corpus), "bytes": text.stat().st_size, "tokens": train_file.count}
+
+    if {there.name for there in run_dir.iterdir()} - {".lock", "tokenizer"}:
+        what = "there are files in it, and no run"
+        raise InputError(f"{run_dir}: {what}; choose another --run_dir")
     try:
         floor = fables_floor(valid_file.tokens(), tokenizer, config.context_length)
-    except InputError as error:
+    except InputError:  # it is another text
         floor = None
-        if config.corpus == "fables":
-            say(f"the floor stays unknown: {error}")
-    data = {**about, **data, "valid_tokens": valid_file.count, "floor": floor}
+    text = fetch_corpus(config.corpus, config.data_dir, config.val_corpus)["train"]
+    data |= {"bytes": text.stat().st_size, "floor": floor}
     tokenizer.save(run_dir / "tokenizer")
-    with atomic_write(run_dir / "config.json", "w") as file:
-        made = {**asdict(replace(config, run_dir=str(run_dir))), "data": data, "commit": commit()}
-        json.dump({**made, "environment": environment(pick_device(config.device))}, file, indent=1)
+    with atomic_write(path, "w") as file:
+        made = {**ours, "run_dir": str(run_dir), "data": data, "commit": commit()}
+        machine = environment(pick_device(config.device))
+        json.dump({**made, "environment": machine}, file, indent=1)
     return run_dir, train_file, valid_file, floor
 
 # %% ../nbs/05_train.ipynb #9f99c336
 class Stopped(KeyboardInterrupt):
-    """A signal asked the run to stop; it has finished its step and saved a checkpoint."""
+    """A signal asked the run to stop; it has finished its step and saved."""
 
-    def __init__(
-        self,
-        signum: int,  # number of the signal
-        run_dir: Path,  # the run that can go on
-    ):
-        super().__init__(f"stopped by {Signals(signum).name}; go on with --resume {run_dir}")
+    def __init__(self, signum: int, run_dir: Path):
+        name = Signals(signum).name
+        super().__init__(f"stopped by {name}; go on with --resume {run_dir}")
         self.exit_code = 128 + signum
 
 # %% ../nbs/05_train.ipynb #ce873f86
-class Log:
-    """The log of a run: what the steps since its last line gave, and the files that it goes to."""
+OnEval = Callable[[TransformerLM, Tokenizer, int], str | None]  # model, tokenizer, step
+OnLog = Callable[[dict[str, Any]], None]  # a line of the log
 
-    def __init__(self, run_dir: Path, config: TrainConfig, state: dict[str, Any] | None, listeners: list[Any]):
-        saved: dict[str, Any] = state["extra"] if state else {"pending": [], "seconds": 0.0, "sizes": {}}
-        self.run_dir, self.config, self.listeners, self.pending = run_dir, config, listeners, saved["pending"]
-        self.started = time.perf_counter() - saved["seconds"]
-        for name in ("metrics.jsonl", "samples.txt"):  # as long as they were when the checkpoint was written
-            self.append(name, "", saved["sizes"].get(name, 0))
+
+class Log:
+    """The log of a run: what the steps since its last line gave, and its two files."""
+
+    def __init__(self, run_dir: Path, config: TrainConfig, state: dict[str, Any] | None,
+                 listeners: list[OnLog | None], watch: Watch | None):
+        saved: dict[str, Any] = state["extra"] if state else {}
+        self.run_dir, self.config, self.watch = run_dir, config, watch
+        self.listeners, self.pending = listeners, saved.get("pending", [])
+        self.started = time.perf_counter() - saved.get("seconds", 0)
+        for name in ("metrics.jsonl", "samples.txt"):  # as when that was written
+            self.append(name, "", saved.get("sizes", {}).get(name, 0))
 
     @on_rank0
     def append(self, name: str, text: str, cut: int | None = None) -> int:
-        """Write at the end of a file, cut to a length first if need be; store it, and return its length."""
+        """Write at the end of a file, cut to a length first; return its length.
+
+        Without text, the disk is made to store what is there.
+        """
         try:
             with open(self.run_dir / name, "ab") as file:
                 file.truncate(cut if cut is not None and cut < file.tell() else None)
@@ -473,296 +501,285 @@ class Log:
 
     def line(self, step: int, **more: Any) -> None:
         """Write a line for the steps since the last one."""
-        losses, norms, seconds = zip(*self.pending, strict=True) if self.pending else ((), (), ())
         tokens = self.config.batch_size * self.config.context_length
-        row = {
-            "step": step, "tokens": step * tokens, "seconds": round(time.perf_counter() - self.started, 3),
-            "train_loss": sum(losses) / len(losses) if losses else None, "val_loss": None,
-            "lr": self.config.lr_at(step) if step else None, "grad_norm": max(norms) if norms else None,
-            "tokens_per_second": round(len(losses) * tokens / sum(seconds), 1) if losses else None, **more,
-        }
+        row: dict[str, Any] = {
+            "step": step, "tokens": step * tokens,
+            "seconds": round(time.perf_counter() - self.started, 3), "train_loss": None,
+            "val_loss": None, "lr": self.config.lr_at(step) if step else None,
+            "grad_norm": None, "tokens_per_second": None}
+        if self.pending:
+            losses, norms, seconds = zip(*self.pending, strict=True)
+            speed = round(len(losses) * tokens / sum(seconds), 1)
+            row |= {"train_loss": sum(losses) / len(losses), "grad_norm": max(norms),
+                    "tokens_per_second": speed}
+        row |= {**(self.watch.row if self.watch else {}), **more}
         self.append("metrics.jsonl", json.dumps(row) + "\n")
         for listener in self.listeners:
-            listener(row)
+            if listener:
+                listener(row)
         self.pending = []
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must know to go on with this log, after storing the files for good."""
-        sizes = {name: self.append(name, "") for name in ("metrics.jsonl", "samples.txt")}
-        return {"pending": self.pending, "seconds": time.perf_counter() - self.started, "sizes": sizes}
+        """Return what a checkpoint must know to go on, after storing the files."""
+        names = ("metrics.jsonl", "samples.txt")
+        sizes = {name: self.append(name, "") for name in names}
+        seconds = time.perf_counter() - self.started
+        return {"pending": self.pending, "seconds": seconds, "sizes": sizes}
+
+# %% ../nbs/05_train.ipynb #e0097bc9
+def _evaluate_and_tell(
+    log: Log, model: Any, tokenizer: Tokenizer, valid_tokens: np.ndarray, step: int,
+    floor: float | None, on_eval: OnEval | None,
+) -> None:
+    """Log the validation loss, at the end that of whole stories too; keep a story."""
+    config, stories = log.config, {}
+    val_loss = evaluate(model, valid_tokens, config)
+    if not math.isfinite(val_loss):
+        raise Diverged(step, val_loss, math.nan)
+    if floor is not None and step == config.last_step:
+        end = tokenizer.special_tokens[END_OF_TEXT]
+        story_loss, _, count = evaluate_stories(model, valid_tokens, end)
+        stories = {"story_loss": story_loss, "floor": floor, "stories": count}
+    log.line(step, val_loss=val_loss, **stories)
+    if on_eval is None:
+        return
+    if config.fsdp:  # put together what the processes hold
+        weights = {name: full_tensor(x) for name, x in model.state_dict().items()}
+        model = TransformerLM(config)
+        model.load_state_dict(weights)
+    text = on_rank0(on_eval)(model, tokenizer, step)
+    if text is not None:
+        log.append("samples.txt", f"=== step {step} ===\n{text}\n\n")
+        tqdm.write(f"--- after step {step}:\n{text}\n")
 
 # %% ../nbs/05_train.ipynb #c22b7092
-OnEval = Callable[[TransformerLM, Tokenizer, int], str | None]
-OnLog = Callable[[dict[str, Any]], None]
-
-
+@process_group()
 def train(
     config: TrainConfig,  # the whole description of the run
-    on_eval: OnEval | None = None,  # called as (model, tokenizer, step) after evaluations; returns text to keep
+    on_eval: OnEval | None = None,  # called after evaluations; returns text to keep
     on_log: OnLog | None = None,  # called with each line of the log
-) -> Path:  # the run directory
-    """Make a run's folder whole: begin the run, or go on from its newest valid checkpoint, up to the last step.
+) -> Path:  # the folder of the run
+    """Make a run's folder whole: begin, or go on from its newest valid checkpoint.
 
-    A run that goes on ends as if it had never stopped, to the last bit on a CPU. Raises InputError for a mistake that
-    the user can mend, such as a folder that another config has made; Diverged if the loss stops being finite; and
-    Stopped when a signal asked for it.
+    A run that goes on ends as if it had never stopped, to the last bit on a CPU. Raises
+    InputError for a mistake that the user can mend, such as a folder of another
+    config; Diverged if the loss is no number; Stopped when a signal asked for it.
     """
-    with process_group(), ExitStack() as held:
-        device = _check_machine(config)
+    device, _ = _check_machine(config)
+    with ExitStack() as held:
         run_dir, train_file, valid_file, floor = _open_folder(config, held)
         train_tokens, valid_tokens = train_file.tokens(), valid_file.tokens()
         tokenizer = Tokenizer.load(run_dir / "tokenizer")
         model = TransformerLM(config, seed=config.seed).to(device)
         forward: Any = wrap(model, config.fsdp)
-        optimizer = AdamW(model.parameters(), betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+        optimizer = AdamW(model.parameters(), betas=(config.beta1, config.beta2),
+                          weight_decay=config.weight_decay)
         state = load_newest(run_dir, model, optimizer)
-        step: int = state["iteration"] if state else 0
-        last = config.last_step
+        step, last = (state["iteration"] if state else 0), config.last_step
         watch = Watch(model) if config.watch else None
-        if config.compile and not watch:
-            forward = torch.compile(forward)
-        log = Log(run_dir, config, state, [f for f in (on_log, tracker(config, run_dir, step)) if f])
-        starts, tokens_per_step = np.empty(0, np.int64), config.batch_size * config.context_length
-        stop, time_over = 0, 1  # why to stop: a signal's number (SIGINT is 2), or that the time is over
-        deadline = math.inf if config.max_minutes is None else time.monotonic() + 60 * config.max_minutes
-        if step >= last:
-            say(f"{run_dir}: step {step} is done, and the last is {last}; more with --max_steps")
-        bar = tqdm(total=last, initial=step, unit="step", dynamic_ncols=True,
-                   mininterval=0.5 if sys.stderr.isatty() else 10)
-        with noted_signals() as noted, bar:
-            try:
-                if step == 0:
-                    log.line(0, val_loss=evaluate(model, valid_tokens, config))
-                while step < last and not stop:
-                    step += 1
-                    began = time.perf_counter()
-                    rng = np.random.default_rng([config.seed, step])  # so a batch depends on seed and step alone
-                    starts = draw_starts(train_tokens, config.batch_size, config.context_length, rng)
-                    mine = starts[rank() :: world_size()]
-                    batch = windows(train_tokens, mine, config.context_length, device)
-                    loss, norm = train_step(forward, optimizer, batch, config, step, watch)
-                    seconds = time.perf_counter() - began
-                    log.pending.append([loss, norm, seconds])
-                    bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_step / seconds:,.0f} tokens/s", refresh=False)
-                    bar.update()
-                    layers = watch.row if watch else {}
-                    if step % config.eval_every == 0 or step == last:
-                        val_loss = evaluate(model, valid_tokens, config)
-                        if not math.isfinite(val_loss):
-                            raise Diverged(step, val_loss, math.nan)
-                        stories = {}
-                        if floor is not None and step == last:
-                            story_loss, _, count = evaluate_stories(model, valid_tokens, tokenizer.special_tokens[END_OF_TEXT])
-                            stories = {"story_loss": story_loss, "floor": floor, "stories": count}
-                        log.line(step, val_loss=val_loss, **stories, **layers)
-                        if on_eval and (text := _story(on_eval, model, tokenizer, step, config)) is not None:
-                            log.append("samples.txt", f"=== step {step} ===\n{text}\n\n")
-                            tqdm.write(f"--- after step {step}:\n{text}\n")
-                    elif step % config.log_every == 0:
-                        log.line(step, **layers)
-                    stop = all_reduce_max(noted[0] if noted else time_over * (time.monotonic() >= deadline))
-                    if step % config.checkpoint_every == 0 or step == last or stop:
-                        size = _length([p.detach() for p in model.parameters()])
-                        if not math.isfinite(size):
-                            raise Diverged(step, loss, size)
-                        name = f"step-{step:08d}"
-                        save_checkpoint(model, optimizer, step, run_dir / "checkpoints" / name, log.state())
-                        _remove([path for path in checkpoints(run_dir) if path.name <= name][3:])
-            except Diverged as error:
-                found: dict[str, Any] = {"loss": _number(error.loss), "grad_norm": _number(error.grad_norm)}
-                found["windows"] = starts.tolist()
-                log.line(step, **(watch.row if watch else {}), diverged=True, divergence=found)
-                raise
-        if step < last and stop > time_over:
-            raise Stopped(stop, run_dir)
-        if step < last:
-            say(f"{config.max_minutes} minutes are over at step {step}; go on with --resume {run_dir}")
-        _report(run_dir)
+        forward = torch.compile(forward) if config.compile and not watch else forward
+        listeners = [on_log, tracker(config, run_dir, step)]
+        log = Log(run_dir, config, state, listeners, watch)
+        noted = held.enter_context(noted_signals())
+        bar = held.enter_context(tqdm(total=last, initial=step, mininterval=1))
+        deadline = time.monotonic() + 60 * (config.max_minutes or math.inf)
+        begun, length, starts, stop = step, config.context_length, np.empty(0), 0
+        try:
+            if step == 0:
+                log.line(0, val_loss=evaluate(model, valid_tokens, config))
+            while step < last and not stop:
+                step, began = step + 1, time.perf_counter()
+                rng = np.random.default_rng([config.seed, step])
+                starts = draw_starts(train_tokens, config.batch_size, length, rng)
+                mine = starts[rank() :: world_size()]
+                batch = windows(train_tokens, mine, length, device)
+                loss, norm = train_step(forward, optimizer, batch, config, step, watch)
+                log.pending.append([loss, norm, time.perf_counter() - began])
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                bar.update()
+                if step % config.eval_every == 0 or step == last:
+                    _evaluate_and_tell(
+                        log, model, tokenizer, valid_tokens, step, floor, on_eval)
+                elif step % config.log_every == 0:
+                    log.line(step)
+                over = int(time.monotonic() >= deadline)  # 1: no signal's number
+                stop = all_reduce_max(noted[0] if noted else over)
+                if step % config.checkpoint_every == 0 or step == last or stop:
+                    size = _length(list(model.parameters()))
+                    if not math.isfinite(size):
+                        raise Diverged(step, loss, size)
+                    path = run_dir / "checkpoints" / f"step-{step:08d}"
+                    save_checkpoint(model, optimizer, step, path, log.state())
+                    older = [old for old in checkpoints(run_dir) if old <= path][3:]
+                    for old in older if rank() == 0 else []:
+                        shutil.rmtree(old, ignore_errors=True)
+        except Diverged as error:
+            log.line(step, diverged=True, divergence={
+                "loss": _number(error.loss), "grad_norm": _number(error.grad_norm),
+                "windows": starts.tolist()})
+            raise
+    _report(config, run_dir, begun, step, stop)
     return run_dir
 
-# %% ../nbs/05_train.ipynb #e0097bc9
-def _story(on_eval: OnEval, model: Any, tokenizer: Tokenizer, step: int, config: TrainConfig) -> str | None:
-    """Let the callback tell a story in the process of rank 0; a sharded model is put together for it first."""
-    weights = {name: full_tensor(x) for name, x in model.state_dict().items()} if config.fsdp else {}
-
-    @on_rank0
-    def tell() -> str | None:
-        whole = model
-        if config.fsdp:
-            whole = TransformerLM(config)
-            whole.load_state_dict(weights)
-        return on_eval(whole, tokenizer, step)
-
-    return tell()
-
-# %% ../nbs/05_train.ipynb #9176a0e5
-@on_rank0
-def _remove(folders: list[Path]) -> None:
-    """Delete folders and what is in them."""
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+# %% ../nbs/05_train.ipynb #af19dd18
+def _report(config: TrainConfig, run: Path, begun: int, step: int, stop: int) -> None:
+    """Say how a run ended, with the excess over the floor where it is known."""
+    last = config.last_step
+    if step < last and stop > 1:
+        raise Stopped(stop, run)
+    over = f"{config.max_minutes} minutes are over at step {step}"
+    if step < last:
+        say(f"{over}; go on with --resume {run}")
+    elif begun == step:
+        done = f"step {step} is done, and the last is {last}"
+        say(f"{run}: {done}; more with --max_steps")
+    rows = [row for row in read_metrics(run) if row["val_loss"] is not None]
+    for row in rows[-1:]:
+        line = f"validation loss {row['val_loss']:.4f} after step {row['step']}"
+        if "floor" in row:
+            loss, floor = row["story_loss"], row["floor"]
+            line += (f"; on the {row['stories']:,} stories that fit whole {loss:.4f}, "
+                     f"and their floor is {floor:.4f}: excess {loss - floor:.4f}")
+            if loss < floor - 0.01:
+                line += (". No model can know that much: validation stories must have "
+                         "come with the training text")
+        tqdm.write(line)
 
 # %% ../nbs/05_train.ipynb #3f9dcb27
 def tracker(
     config: TrainConfig,  # its field `tracker` chooses
-    run_dir: Path,  # where TensorBoard's and Weights & Biases' files go
+    run_dir: Path,  # where the files of TensorBoard or Weights & Biases go
     step: int,  # what was told of later steps, before a crash, is dropped
 ) -> OnLog | None:
-    """Open a program that shows the log as well: what it returns takes each line of the log."""
-    def flat(row: dict[str, Any]) -> dict[str, float]:
-        kinds = ("activations", "gradients", "updates")
-        layers = {f"{kind}/{part}": x for kind in kinds for part, x in row.get(kind, {}).items()}
-        return {name: x for name, x in {**row, **layers}.items() if isinstance(x, (int, float)) and name != "step"}
-
+    """Open a program that shows the log as well; what it returns takes each line."""
     if config.tracker == "none" or rank() > 0:
         return None
-    if config.tracker == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
+    if config.tracker == "wandb":
+        import wandb
 
-        writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
+        run = wandb.init(project="tinylm", name=run_dir.name, config=asdict(config),
+                         dir=str(run_dir), mode=mode, reinit="finish_previous")
+        return lambda row: run.log(row, step=row["step"])
+    from torch.utils.tensorboard import SummaryWriter
 
-        def show(row: dict[str, Any]) -> None:
-            for name, value in flat(row).items():
-                writer.add_scalar(name, value, row["step"])
-            writer.flush()
+    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
-        return show
-    import wandb
+    def show(row: dict[str, Any]) -> None:
+        for kind, value in row.items():
+            for part, x in (value if isinstance(value, dict) else {"": value}).items():
+                if isinstance(x, (int, float)):
+                    writer.add_scalar(f"{kind}/{part}".strip("/"), x, row["step"])
+        writer.flush()
 
-    mode: Any = os.environ.get("WANDB_MODE", "offline")
-    run = wandb.init(project="tinylm", name=run_dir.name, config=asdict(config), mode=mode, dir=str(run_dir),
-                     reinit="finish_previous")
-    return lambda row: run.log(flat(row), step=row["step"])
-
-# %% ../nbs/05_train.ipynb #af19dd18
-def _report(run_dir: Path) -> None:
-    """Print how a run ended, with the excess over the floor where it is known."""
-    rows = [row for row in read_metrics(run_dir) if row["val_loss"] is not None]
-    if not rows:
-        return
-    last = rows[-1]
-    line = f"validation loss {last['val_loss']:.4f} nats per token after step {last['step']}"
-    if "floor" in last:
-        loss, floor = last["story_loss"], last["floor"]
-        line += f"; on the {last['stories']:,} stories that fit whole {loss:.4f}, and their floor is {floor:.4f}:"
-        line += f" excess {loss - floor:.4f}"
-        if loss < floor - 0.01:
-            line += ". No model can know that much: validation stories must have come with the training text"
-    tqdm.write(line)
+    return show
 
 # %% ../nbs/05_train.ipynb #785570ae
-def environment(
-    device: str,  # its name, as pick_device returns it
-) -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     """Describe the machine and the versions in use, for records."""
     cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next(iter(re.findall(r"model name\s*: (.*)", info.read_text(encoding="utf-8"))), cpu)
+        rows = info.read_text(encoding="utf-8").splitlines()
+        cpu = next((r.split(": ")[1] for r in rows if r.startswith("model name")), cpu)
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else device
     return {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
-        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "processes": world_size(), "platform": platform.platform(),
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-        "tinylm": tinylm.__version__,
+        "device": name, "cpu": cpu, "cores": os.cpu_count(), "processes": world_size(),
+        "threads": torch.get_num_threads(), "platform": platform.platform(),
+        "python": platform.python_version(), "torch": torch.__version__,
+        "numpy": np.__version__, "tinylm": tinylm.__version__,
     }
 
 # %% ../nbs/05_train.ipynb #1d357741
-def commit() -> str | None:  # 40 hexadecimal digits
-    """Find the commit of this code, if it lies in a git repository."""
-    folder = Path(tinylm.__file__).parent
+def commit() -> str | None:
+    """Find the commit of this code, 40 hexadecimal digits, if it is in a repository."""
+    git = ["git", "-C", str(Path(tinylm.__file__).parent), "rev-parse", "HEAD"]
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        found = subprocess.check_output(git, stderr=subprocess.DEVNULL)
+        return found.decode().strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 # %% ../nbs/05_train.ipynb #5876ae9d
-def plot_run(
-    source: str | Path,  # a run folder, or a record made by record_run
-) -> Any:  # a matplotlib Figure
-    """Draw the losses of a run with the Fables floor, its learning rate and its gradient norm."""
+def plot_run(source: str | Path) -> Any:
+    """Draw a run, from its folder or its record: losses, floor, rate, gradient norm.
+
+    Returns a matplotlib Figure.
+    """
     import matplotlib.pyplot as plt
 
     source = Path(source)
     if source.is_dir():
-        read_config(source)
-        rows, floor = read_metrics(source), read_json(source / "config.json")["data"]["floor"]
+        curve, data = read_metrics(source), read_json(source / "config.json")["data"]
     else:
-        record = read_json(source)
-        rows, floor = record["curve"], record["corpus"]["floor"]
-
-    def column(key: str) -> tuple[list[int], list[float]]:
-        found = [row for row in rows if row.get(key) is not None]
-        return [row["step"] for row in found], [row[key] for row in found]
-
-    figure, axes = plt.subplot_mosaic([["loss", "lr"], ["loss", "norm"]], width_ratios=[2.2, 1], figsize=(7.6, 3.6))
-    axes["loss"].plot(*column("train_loss"), label="training", lw=1.2)
-    axes["loss"].plot(*column("val_loss"), label="validation", marker="o", ms=4)
-    if floor is not None:
-        axes["loss"].axhline(floor, color="black", ls=":", lw=1.2, label=f"floor {floor:.3f}")
-    axes["loss"].set(xlabel="step", ylabel="loss (nats per token)")
-    axes["loss"].legend()
-    axes["lr"].plot(*column("lr"))
-    axes["lr"].set(ylabel="learning rate", xticklabels=[])
-    axes["norm"].plot(*column("grad_norm"))
-    axes["norm"].set(xlabel="step", ylabel="gradient norm")
-    for axis in (axes["loss"], axes["norm"]):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "2357" else "")
+        curve, data = (read_json(source)[key] for key in ("curve", "corpus"))
+    figure, axes = plt.subplot_mosaic([["nats per token", "learning rate"],
+                                       ["nats per token", "gradient norm"]],
+                                      width_ratios=[2.2, 1], figsize=(7.6, 3.6))
+    for place, key, label in [
+        ("nats per token", "train_loss", "training"),
+        ("nats per token", "val_loss", "validation"),
+        ("learning rate", "lr", ""), ("gradient norm", "grad_norm", ""),
+    ]:
+        rows = [row for row in curve if row.get(key) is not None]
+        axes[place].plot([r["step"] for r in rows], [r[key] for r in rows], label=label)
+        axes[place].set(xlabel="step", ylabel=place)
+    loss = axes["nats per token"]
+    if data["floor"] is not None:
+        name = f"floor {data['floor']:.3f}"
+        loss.axhline(data["floor"], color="black", ls=":", label=name)
+    loss.set(yscale="log")
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" * (f"{x:e}"[0] in "235"))
+    loss.legend()
     return figure
 
 # %% ../nbs/05_train.ipynb #66375431
-def forecast(
-    config: TrainConfig,  # the run to foresee
-) -> str:  # a table: parameters, tokens, operations, memory and time on this machine
-    """Foresee what a run will take, without data: memory by formula, time from one step on a part of a batch.
+@process_group()
+def forecast(config: TrainConfig) -> str:
+    """Foresee what a run will take: a table of parameters, tokens, memory and time.
 
+    Needs no data: memory by formula, time from one step on a part of a batch. It leaves
+    out preparing data, telling stories, saving, and messages between processes.
     Raises InputError for a run that this machine cannot do.
     """
-    with process_group():
-        device, share, steps = _check_machine(config), config.batch_size // world_size(), config.last_step
-        memory = memory_table(config, share // config.grad_accum_steps, config.dtype)
-        rows: int = max(1, min(8, share // config.grad_accum_steps))
-        model: Any = TransformerLM(config, seed=config.seed).to(device)
-        optimizer = AdamW(model.parameters(), lr=0.0)
-        model = torch.compile(model) if config.compile else model
-        for _ in range(2):  # the first loads code, and compiles
-            ids = torch.randint(config.vocab_size, (rows, config.context_length + 1), device=device)
-            began = time.perf_counter()
-            train_step(model, optimizer, (ids[:, :-1], ids[:, 1:]), replace(config, grad_accum_steps=1), 1)
-            sequence = (time.perf_counter() - began) / rows
-    tokens, step_seconds = config.batch_size * config.context_length, sequence * share
-    evaluations = 1 + math.ceil(steps / config.eval_every)
-    seconds = steps * step_seconds + evaluations * config.eval_windows * sequence / 3
-    flops, there = 3 * tokens * flops_per_token(config), memory_there(device)
-    unit, size = next((u, n) for u, n in (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
-                      if seconds >= 2 * n or n == 1)
-    return "\n".join([
-        f"parameters  {num_parameters(config):,}",
-        f"tokens      {steps * tokens:,} in {steps:,} steps of {tokens:,}",
-        f"operations  {steps * flops:.3g} in all, {flops:.3g} a step",
-        f"memory      {sum(memory.values()) / 1e9:.2f} GB beside what Python and PyTorch hold"
-        + (f", of {there / 1e9:.0f} GB" if there else ""),
-        "  in MB     " + ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in memory.items()),
-        f"time        {seconds / size:.1f} {unit}, {step_seconds:.3g} seconds a step",
-        f"speed       {tokens / step_seconds:,.0f} tokens/s, {flops / step_seconds / 1e9:,.0f} GFLOP/s",
-        "left out    preparing the data, stories told on the way, saving, what processes send to each other",
-    ])
+    device, memory = _check_machine(config)
+    share = config.batch_size // world_size()
+    rows = max(1, min(8, share // config.grad_accum_steps))
+    model: Any = TransformerLM(config, seed=config.seed).to(device)
+    optimizer, one = AdamW(model.parameters()), replace(config, grad_accum_steps=1)
+    model = torch.compile(model) if config.compile else model
+    for _ in range(2):  # the first loads code, and compiles
+        shape = (rows, config.context_length + 1)
+        ids = torch.randint(config.vocab_size, shape, device=device)
+        began = time.perf_counter()
+        train_step(model, optimizer, (ids[:, :-1], ids[:, 1:]), one, 1)
+        each = (time.perf_counter() - began) / rows
+    tokens, steps = config.batch_size * config.context_length, config.last_step
+    windows = (1 + math.ceil(steps / config.eval_every)) * config.eval_windows
+    seconds = timedelta(seconds=round(each * (steps * share + windows / 3)))
+    flops = 3 * tokens * flops_per_token(config)
+    parts = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in memory.items())
+    return f"""\
+parameters  {num_parameters(config):,}
+tokens      {steps * tokens:,} in {steps:,} steps of {tokens:,}
+operations  {steps * flops:.3g}, at {flops / each / share / 1e9:,.0f} billion a second
+memory      {sum(memory.values()) / 1e9:.2f} GB beside what Python and PyTorch hold
+  in MB     {parts}
+time        {seconds}, {each * share:.3g} seconds a step"""
 
 # %% ../nbs/05_train.ipynb #5b7ae130
 def record_run(
     run_dir: str | Path,  # the folder of a run that is finished or has diverged
     dst: str | Path,  # the JSON file to write
 ) -> dict[str, Any]:  # what was written
-    """Write the record of a run: config, corpus, commit, environment, curve, divergence and best validation loss."""
-    config, saved, curve = read_config(run_dir), read_json(Path(run_dir, "config.json")), read_metrics(run_dir)
+    """Write the record of a run: what it was, where it ran, and its whole curve."""
+    saved, curve = read_json(Path(run_dir, "config.json")), read_metrics(run_dir)
+    losses = [row["val_loss"] for row in curve if row["val_loss"] is not None]
     record = {
-        "config": asdict(config), "corpus": saved["data"], "commit": saved["commit"],
-        "environment": saved["environment"],
-        "diverged_at_step": next((row["step"] for row in curve if row.get("diverged")), None),
-        "best_val_loss": min((row["val_loss"] for row in curve if row["val_loss"] is not None), default=None),
-        "curve": curve,
+        "config": asdict(read_config(run_dir)), "corpus": saved["data"],
+        "commit": saved["commit"], "environment": saved["environment"],
+        "diverged_at_step": next((r["step"] for r in curve if r.get("diverged")), None),
+        "best_val_loss": min(losses, default=None), "curve": curve,
     }
     with atomic_write(dst, "w") as file:
         json.dump(record, file)
