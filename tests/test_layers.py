@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from tinylm import core
 from tinylm.layers import Embedding, RMSNorm, SwiGLU, _GateByHand, _RMSNormByHand, rms_norm, silu
 from tinylm.model import ModelConfig, TransformerLM
 from tinylm.optim import cross_entropy
@@ -87,16 +86,6 @@ def loss_and_gradients(model, context=None):
         loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def test_taught_forms_and_fast_twins_give_equal_losses_and_gradients(monkeypatch):
-    model = TransformerLM(CONFIG).double()
-    ours = loss_and_gradients(model)
-    monkeypatch.setattr(core, "FAST", False)
-    taught = loss_and_gradients(model)
-    assert_close(ours, taught, rtol=1e-9, atol=1e-12)
-    assert not torch.equal(ours[1], taught[1])  # other roundings: they are two programs
-    assert RMSNorm(8)(torch.randn(8)).grad_fn.name() == "MulBackward0"
 
 
 def test_a_compiler_takes_model_and_loss_whole_and_sees_the_taught_forms():

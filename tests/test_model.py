@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from tinylm import core
 from tinylm.core import InputError
 from tinylm.layers import RMSNorm
-from tinylm.model import ModelConfig, TransformerLM, flops_per_token, memory_table, num_parameters
+from tinylm.model import ModelConfig, TransformerLM, num_parameters
 from tinylm.rope import RotaryPositionalEmbedding, apply_rope
 from tinylm.train import PRESETS
 
@@ -69,13 +69,6 @@ def as_llama(model: TransformerLM, permute: bool = True):
     ))  # fmt: skip
     llama.load_state_dict(state)
     return llama.eval()
-
-
-@pytest.mark.parametrize("config", SHAPES, ids=("small", "one head", "pairs", "wide"))
-@torch.no_grad()
-def test_logits_equal_llama_in_32_bits(config):
-    model, ids = shaken(config), random_ids(config)
-    assert_close(model(ids), as_llama(model)(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=("small", "one head", "pairs", "wide"))
@@ -234,25 +227,6 @@ def test_rope_takes_any_memory_layout(view):
     assert_close(rope(x), expected)
     ours, theirs = (torch.autograd.grad(y.square().mul(torch.arange(8)).sum(), x)[0] for y in (rope(x), expected))
     assert_close(ours, theirs)
-
-
-@torch.no_grad()
-def test_low_precision_stays_near_full_precision():
-    model, ids = shaken(SMALL), random_ids(SMALL)
-    exact = model(ids)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert (model(ids) - exact).abs().max() < 0.1
-    assert (model.bfloat16()(ids).float() - exact).abs().max() < 0.2
-
-
-def test_reference_numbers():
-    reference = ModelConfig()
-    assert num_parameters(reference) == 22_696_448
-    assert flops_per_token(reference) == 37_240_832
-    memory = memory_table(reference, batch_size=64)
-    assert memory["weights"] == memory["gradients"] == memory["optimizer"] // 2 == 4 * 22_696_448
-    double = memory_table(reference, batch_size=128)
-    assert double["activations"] == 2 * memory["activations"] and double["weights"] == memory["weights"]
 
 
 @pytest.mark.parametrize("name", ["debug", "laptop"])
