@@ -50,10 +50,13 @@ def part_names() -> list[str]:
 
 
 def find(name: str) -> tuple[str, Part]:
-    """Find a part by its name, or by the name that its answer has in the book. Raises InputError."""
+    """Find a part by its name, or by the name that its answer has in the book; of NAME:OBJECT, NAME counts.
+
+    Raises InputError."""
+    name = str(name).partition(":")[0]
     names = {part.answer.__name__: key for key, part in PARTS.items()} | {key: key for key in PARTS}
     if name not in names:
-        near = get_close_matches(str(name).lower(), {n.lower(): n for n in names}, n=1, cutoff=0.4)
+        near = get_close_matches(name.lower(), {n.lower(): n for n in names}, n=1, cutoff=0.4)
         hint = next((f"did you mean {n}? " for n in names if near and n.lower() == near[0]), "")
         raise InputError(f"unknown part {name!r}; {hint}There are: {', '.join(PARTS)}")
     return names[name], PARTS[names[name]]
@@ -272,15 +275,14 @@ def load(path: str, names: Iterable[str]) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be imported: {why}") from error
     found = {}
     for name in names:
-        key, _, other = name.partition(":")
-        key, part = find(key)
-        wanted = [other] if other else [key, part.answer.__name__]
-        there = [getattr(module, n) for n in wanted if hasattr(module, n)]
+        key, part = find(name)
+        other = name.partition(":")[2]
+        wanted = [other] if other else list(dict.fromkeys([key, part.answer.__name__]))
+        there = [n for n in wanted if hasattr(module, n)]
         if not there:
-            near = get_close_matches(wanted[0], vars(module), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"{path}: defines no {' or '.join(dict.fromkeys(wanted))}{hint}")
-        found[key] = there[0]
+            hint = "".join(f"; did you mean {near}?" for near in get_close_matches(wanted[0], vars(module), n=1))
+            raise InputError(f"{path}: defines no {' or '.join(wanted)}{hint}")
+        found[key] = getattr(module, there[0])
     return found
 
 
@@ -367,7 +369,7 @@ def check_file(path: str, names: Iterable[str], time_limit: float = 30.0) -> int
     Each of the names is NAME, or NAME:OBJECT for what has another name in the file. The time limit is that of a case,
     or of the file's import, in seconds. Returns how many parts are not right. Raises InputError."""
     left = [names] if isinstance(names, str) else list(names)
-    keys, failed = [find(name.partition(":")[0])[0] for name in left], 0
+    keys, failed = [find(name)[0] for name in left], 0
     while left:
         for kind, said, *printed in _events("check", path, left, time_limit):
             key = keys[-len(left)]
@@ -458,9 +460,8 @@ def train_with(path: str, names: Iterable[str], time_limit: float = 30.0) -> int
     Names as in `check_file`, but only those of `TRAINABLE`; the time limit is that of a step. Returns 1 if the code in
     the file failed, else 0. Raises InputError."""
     names = [names] if isinstance(names, str) else list(names)
-    for name in names:
-        if (key := find(name.partition(":")[0])[0]) not in TRAINABLE:
-            raise InputError(f"{key} has no place in training; there are: {', '.join(TRAINABLE)}")
+    if other := [key for key, _ in map(find, names) if key not in TRAINABLE]:
+        raise InputError(f"{other[0]} has no place in training; there are: {', '.join(TRAINABLE)}")
     steps = (1, 10, 20, 30, 40)
     print("loss at step   " + "".join(f"{step:9}" for step in steps))
     for kind, title, *losses in _events("train", path, names, time_limit):

@@ -186,7 +186,7 @@ class Tokenizer:
     that are no UTF-8 decode to U+FFFD (errors="replace")."""
 
     def __init__(self, vocab: dict[int, bytes], merges: list, special_tokens: list[str] | None = None):
-        """Keep copies; `merges` are pairs of tokens in the order of training."""
+        """Take the vocabulary, and the merges as pairs of tokens in the order of training."""
         self.special = sorted(special_tokens or [], key=len, reverse=True)
         self.bytes_of = dict(vocab)
         for name in [n for n in special_tokens or [] if n.encode() not in vocab.values()]:
