@@ -86,7 +86,7 @@ def parameter_table(sym: object) -> str:
             name = "**returns**" if name == "return" else f"`{name}`"
             cells = [name, kind, literal(" ".join(d.docment.split()))]
             rows.append("| " + " | ".join(c.replace("|", r"\|") for c in cells) + " |")
-    return "\n".join(["| | Type | Meaning |", "|---|---|---|", *rows]) if rows else ""
+    return "\n".join(["| | Type | Meaning |", "|---|---|---------|", *rows]) if rows else ""
 
 
 def literal(text: str) -> str:

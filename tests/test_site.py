@@ -266,6 +266,7 @@ def show_sidebar(page):
     page.wait_for_selector("#quarto-sidebar", state="attached")
     if page.is_visible(".quarto-btn-toggle"):  # on a phone
         page.click(".quarto-btn-toggle")
+        page.wait_for_function("!document.querySelector('#quarto-sidebar.collapsing')")  # until it has unfolded
 
 
 def go_by_sidebar(page, path: Path):
@@ -276,9 +277,11 @@ def go_by_sidebar(page, path: Path):
 
 def go_by_search(page, path: Path):
     "Search for the title of a chapter, and follow what is found."
-    show_sidebar(page)
-    if not page.is_visible("#quarto-search input"):  # Quarto may show a button that opens the search
-        page.click("#quarto-search button")
+    page.wait_for_selector("#quarto-sidebar", state="attached")
+    if page.is_visible("button.quarto-search-button"):  # Quarto's, on a phone
+        page.click("button.quarto-search-button")
+    else:
+        show_sidebar(page)
     title = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"][0].strip("# \n")
     page.fill("#quarto-search input, .aa-Input", title)
     page.click(f":is(.smalldocs-search-results, .aa-Panel) a[href*='{path.stem}.html'] >> nth=0")
