@@ -410,7 +410,7 @@ def test_nothing_to_do():
     assert count_pretokens(io.BytesIO(b""), [END]).as_dict() == {}
     assert merge_pairs(count_pretokens(io.BytesIO(b"")), 5).shape == (0, 2)
     assert merge_pairs(Pretokens.from_dict({b"abc": 1}), 0).shape == (0, 2)
-    assert len(merge_pairs(Pretokens.from_dict({b"abc": 2, b"b": 1}), 10**12)) == 2  # no room is made for what cannot be
+    assert len(merge_pairs(Pretokens.from_dict({b"abc": 2, b"b": 1}), 10**12)) == 2  # room for no more
     assert Decoder({0: b"a"}).decode([]) == b""
 
 
