@@ -590,9 +590,9 @@ def run_sweep(verb: str, config: SweepConfig) -> int:
     Returns 1 if a run left no record, else 0. Raises InputError for unreadable lists.
     """
     shared = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
-    for name, other in {"seed": "--seeds", "run_dir": "--out", "resume": "--out"}.items():
+    for name, use in {"seed": "--seeds", "run_dir": "--out", "resume": "--out"}.items():
         if shared[name] != getattr(BASE, name):
-            raise InputError(f"--{name} makes no sense here: use {other}")
+            raise InputError(f"--{name} makes no sense here: use {use}")
     if config.plan:
         free = ("corpus", "val_corpus", "data_dir", "device")
         own = {k: shared[k] for k in free if shared[k] != getattr(BASE, k)}
