@@ -139,7 +139,7 @@ def test_what_is_no_run_is_a_prompt(own, capfd):
     for state in own.glob("runs/old/checkpoints/*/state.json"):
         os.utime(state, (1, 1))
     (own / "Once").mkdir()
-    for prompt in ("A fox", "Yes/No?", "Once", ""):
+    for prompt in ("A fox", "Yes/No?", "Once", "", "a red ball " * 50):
         said = told(capfd, *[prompt] * bool(prompt))
         assert said.out.startswith(prompt) and "runs/new" in said.err.replace(os.sep, "/")
     assert "no/run is no run" in told(capfd, "no/run").err

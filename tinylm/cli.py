@@ -49,17 +49,19 @@ def read_flags(
     the help."""
     words = io.StringIO()
     try:
-        with contextlib.redirect_stderr(words):
+        with contextlib.redirect_stderr(words), contextlib.redirect_stdout(words):
             got: Any = tyro.cli(kind, args=argv, prog=f"tinylm {verb}", default=default or kind(), use_underscores=True,
                                 return_unknown_args=some, add_help=not some)  # type: ignore[call-overload]
     except SystemExit as end:
         if isinstance(end.__context__, InputError):  # the dataclass says it better
             raise end.__context__ from None
         if not end.code:
+            print("\n".join(line.rstrip() for line in words.getvalue().splitlines()))
             raise
-        rows = re.sub("[│╭╮╰╯]", " ", words.getvalue())  # tyro's box: a title, and parts between rules
-        _, _, *parts = (" ".join(part.split()).rstrip(".") for part in re.split("─+", rows))
-        said = [re.sub("^Argument helptext:", "expected", part) for part in parts if part and "full helptext" not in part]
+        title, *parts = (" ".join(part.split()) for part in re.split("(?m)^ +-{9,} *$", words.getvalue()))
+        said = [re.sub("^Argument helptext:", "expected", part).rstrip(".") for part in parts if "full helptext" not in part]
+        if said[1:] and said[1].startswith("Perhaps you meant"):
+            said[1] = f"did you mean {' or '.join(dict.fromkeys(re.findall('--[a-z_0-9]+', said[1])))}"
         if re.match("Unrecognized options: [^-]", said[0]):
             said.append("text with spaces needs quotes, and a switch such as --plan takes no value")
         raise InputError("; ".join([*said, f"see `tinylm {verb} --help`"])) from None
@@ -251,7 +253,7 @@ class Generate:
             raise InputError(f"--num is {self.num}; expected at least 1")
         if sys.stdout is None or self.interactive and sys.stdin is None:
             raise InputError("standard input or output is closed; stories need a place to go, and -i one to come from")
-        is_run = (Path(self.run_dir) / "config.json").is_file()
+        is_run = os.path.isfile(os.path.join(self.run_dir, "config.json"))  # False for a prompt too long for a path
         if self.prompt and not is_run:
             raise InputError(f"no run at {self.run_dir}; expected a folder that `tinylm train` made, then the prompt")
         if os.sep in self.run_dir and not is_run and not re.search(r"\s", self.run_dir):
@@ -416,29 +418,29 @@ def main(
         from tinylm.distributed import only_rank0_speaks
 
         quiet = only_rank0_speaks()
-    try:
-        with quiet:
+    with quiet:
+        try:
             code = dispatch(sys.argv[1:] if argv is None else list(argv))
-        if sys.stdout is not None:
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
+        except SystemExit as end:  # tyro has shown the help
+            return int(end.code or 0)
+        except InputError as err:
+            message, code = " ".join(str(err).split()), 2
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds a place
+            return 141
+        except OSError as err:
+            message, code = f"{err.filename}: " * bool(err.filename) + (err.strerror or str(err)), 2
+        except (MemoryError, RuntimeError) as err:
+            if not isinstance(err, MemoryError) and not re.search("out of memory|allocate memory", str(err)):
+                raise
+            message, code = "out of memory; try a smaller --batch_size, or see what `tinylm train --plan` foresees", 2
+        except KeyboardInterrupt as err:
+            message, code = str(err) or "interrupted", getattr(err, "exit_code", 130)
+        say(f"tinylm: {message}")
         return code
-    except SystemExit as end:  # tyro has shown the help
-        return int(end.code or 0)
-    except InputError as err:
-        message, code = " ".join(str(err).split()), 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds a place
-        return 141
-    except OSError as err:
-        message, code = f"{err.filename}: " * bool(err.filename) + (err.strerror or str(err)), 2
-    except (MemoryError, RuntimeError) as err:
-        if not isinstance(err, MemoryError) and not re.search("out of memory|allocate memory", str(err)):
-            raise
-        message, code = "out of memory; try a smaller --batch_size, or see what `tinylm train --plan` foresees", 2
-    except KeyboardInterrupt as err:
-        message, code = str(err) or "interrupted", getattr(err, "exit_code", 130)
-    say(f"tinylm: {message}")
-    return code
 
 
 if __name__ == "__main__":
