@@ -108,13 +108,6 @@ def test_autocast_trains_near_full_precision():
     assert torch.cosine_similarity(gradient, short_gradient, 0) > 0.99
 
 
-def test_without_gradients_the_same_numbers_come_out():
-    model, ids = TransformerLM(CONFIG), torch.arange(24)[None]
-    trained = model(ids)
-    with torch.inference_mode():
-        assert_close(model(ids), trained, rtol=1e-5, atol=1e-5)
-
-
 def test_embeddings_begin_with_a_spread_of_one_cut_at_three():
     weight = Embedding(2000, 64).weight
     assert abs(weight.std() - 0.987) < 0.01 and 2.9 < weight.abs().max() <= 3

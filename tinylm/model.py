@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'parameter_table', 'num_parameters', 'causal_mask', 'attention_weights', 'scaled_dot_product_attention',
-           'causal_attention', 'MultiHeadSelfAttention', 'TransformerBlock', 'TransformerLM', 'flops_per_token',
-           'memory_table']
+           'MultiHeadSelfAttention', 'TransformerBlock', 'TransformerLM', 'flops_per_token', 'memory_table']
 
 # %% ../nbs/03_model.ipynb #c84fd1fc
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,15 +44,12 @@ class ModelConfig:
         for name in (*sizes, "d_ff", "rope_theta"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise InputError(f"{name} is {value}; expected more than 0")
-        choices = {"norm": ("pre", "post", "none"), "ffn": ("swiglu", "silu")}
-        for name, allowed in choices.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise InputError(f"{name} is {value!r}; expected one of {allowed}")
-        size, rest = divmod(self.d_model, self.num_heads)
-        if rest:
-            raise InputError(f"d_model is no multiple of num_heads {self.num_heads}")
-        if self.use_rope and size % 2:
-            raise InputError(f"head size d_model / num_heads is {size}, odd for RoPE")
+        for value, known in (self.norm, "pre post none"), (self.ffn, "swiglu silu"):
+            if value not in known.split():
+                raise InputError(f"norm or ffn is {value!r}; expected one of {known}")
+        if self.d_model % (self.num_heads * (1 + self.use_rope)):
+            shape = f"d_model is {self.d_model} and num_heads {self.num_heads}"
+            raise InputError(f"{shape}; expected whole heads, of even size for RoPE")
 
 # %% ../nbs/03_model.ipynb #1d11ee86
 def parameter_table(
@@ -86,9 +81,9 @@ def causal_mask(
     device: torch.device | str | None = None,  # where the mask is to live
 ) -> Tensor:  # (T, S), bool, True = may attend
     """Let each position attend to itself and to what came before it."""
-    num_keys = num_queries if num_keys is None else num_keys
-    ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
-    return ones.tril(num_keys - num_queries)
+    shape = (num_queries, num_keys or num_queries)
+    ones = torch.ones(shape, dtype=torch.bool, device=device)
+    return ones.tril(shape[1] - num_queries)
 
 # %% ../nbs/03_model.ipynb #02d95132
 def attention_weights(
@@ -114,19 +109,14 @@ def scaled_dot_product_attention(
     return torch.einsum("...ts,...sk->...tk", attention_weights(q, k, mask), v)
 
 # %% ../nbs/03_model.ipynb #4eeb65f2
-def causal_attention(
-    q: Tensor,  # (..., T, K), queries of the last T positions
-    k: Tensor,  # (..., S, K), keys of all S positions
-    v: Tensor,  # (..., S, K), their values
-) -> Tensor:  # (..., T, K)
-    """Attend causally, with PyTorch's fused kernel unless `core.FAST` is off."""
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Let the last T of S positions attend causally, with PyTorch's kernel if FAST."""
+    fused = F.scaled_dot_product_attention
     num_queries, num_keys = q.shape[-2], k.shape[-2]
     if core.FAST and num_queries == num_keys:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return fused(q, k, v, is_causal=True)
     mask = None if num_queries == 1 else causal_mask(num_queries, num_keys, q.device)
-    if not core.FAST:
-        return scaled_dot_product_attention(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, mask)
+    return (fused if core.FAST else scaled_dot_product_attention)(q, k, v, mask)
 
 # %% ../nbs/03_model.ipynb #c7c8919d
 class MultiHeadSelfAttention(nn.Module):
@@ -139,24 +129,20 @@ class MultiHeadSelfAttention(nn.Module):
         rope: RotaryPositionalEmbedding | None = None,  # turns queries and keys
     ):
         super().__init__()
-        self.head_size = d_model // num_heads
+        self.num_heads = num_heads
         self.q_proj = Linear(d_model, d_model)
         self.k_proj = Linear(d_model, d_model)
         self.v_proj = Linear(d_model, d_model)
         self.output_proj = Linear(d_model, d_model)
         self.rope = rope
 
-    def project(
-        self,
-        x: Tensor,  # (B, T, D)
-        token_positions: Tensor | None = None,  # (T) or (B, T); None means 0 .. T-1
-    ) -> tuple[Tensor, Tensor, Tensor]:  # (B, H, T, K) each, q and k rotated
-        """Make queries, keys and values, split into heads."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_size)).transpose(-3, -2)
+    def project(self, x: Tensor, token_positions: Tensor | None = None) -> list[Tensor]:
+        """Make queries and keys, both rotated, and values, each (B, H, T, K)."""
+        q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope is not None:
             q, k = self.rope(q, token_positions), self.rope(k, token_positions)
-        return q, k, v
+        return [q, k, v]
 
     def forward(
         self,
@@ -164,13 +150,12 @@ class MultiHeadSelfAttention(nn.Module):
         token_positions: Tensor | None = None,  # (T) or (B, T); None means 0 .. T-1
         cache: Any = None,  # keys and values of the tokens before x, or None
     ) -> Tensor:  # (B, T, D)
-        """Attend causally; with a filled cache, token_positions must be given."""
+        """Attend causally; with a cache, token_positions must be given."""
         q, k, v = self.project(x, token_positions)
         if cache is not None:
             k, v = cache.append(k, v)
-            if self.rope and token_positions is None and k.shape[-2] > q.shape[-2]:
-                raise ValueError("with a filled cache, give token_positions")
-        heads = causal_attention(q, k, v)
+            assert token_positions is not None, "with a cache, give token_positions"
+        heads = _causal_attention(q, k, v)
         return self.output_proj(heads.transpose(-3, -2).flatten(-2))
 
 # %% ../nbs/03_model.ipynb #dbce4390
@@ -192,12 +177,9 @@ class TransformerBlock(nn.Module):
         self.ffn = feed_forward(config.d_model, config.d_ff)
 
     def forward(
-        self,
-        x: Tensor,  # (B, T, D)
-        token_positions: Tensor | None = None,  # (T) or (B, T); None means 0 .. T-1
-        cache: Any = None,  # as in MultiHeadSelfAttention
-    ) -> Tensor:  # (B, T, D)
-        """Update the residual stream."""
+        self, x: Tensor, token_positions: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
+        """Update the residual stream x (B, T, D); all else as in attention."""
         if self.post_norm:
             x = self.ln1(x + self.attn(x, token_positions, cache))
             return self.ln2(x + self.ffn(x))
@@ -214,23 +196,16 @@ class TransformerLM(nn.Module):
         seed: int = 0,  # of the initial parameters
     ):
         super().__init__()
-        c, rope = config, None
-        if c.use_rope:
-            size = c.d_model // c.num_heads
-            rope = RotaryPositionalEmbedding(c.rope_theta, size, c.context_length)
+        self.config = c = config
+        table = (c.rope_theta, c.d_model // c.num_heads, c.context_length)
+        rope = RotaryPositionalEmbedding(*table) if c.use_rope else None
         with torch.device("meta"):  # shapes without numbers, which are drawn below
             self.token_embeddings = Embedding(c.vocab_size, c.d_model)
-            blocks = (TransformerBlock(c, rope) for _ in range(c.num_layers))
-            self.layers = nn.ModuleList(blocks)
-            norm = nn.Identity if c.norm == "none" else RMSNorm
-            self.ln_final = norm(c.d_model)
+            layers = (TransformerBlock(c, rope) for _ in range(c.num_layers))
+            self.layers = nn.ModuleList(layers)
+            self.ln_final = nn.Identity() if c.norm == "none" else RMSNorm(c.d_model)
             self.lm_head = Linear(c.d_model, c.vocab_size)
-        self.config = config
-        self.reset_parameters(seed)
-
-    def reset_parameters(self, seed: int) -> None:
-        """Draw every parameter anew on the CPU, each from a generator of its own."""
-        for name, part in self.named_modules():
+        for name, part in self.named_modules():  # each has a generator of its own
             if isinstance(part, (Embedding, Linear, RMSNorm)):
                 digest = hashlib.sha256(f"{seed}/{name}.weight".encode()).digest()
                 own_seed = int.from_bytes(digest[:8], "big") >> 1
@@ -241,7 +216,7 @@ class TransformerLM(nn.Module):
         self,
         token_ids: Tensor,  # (B, T), integers in [0, V)
         token_positions: Tensor | None = None,  # (T) or (B, T); None means 0 .. T-1
-        caches: Sequence[Any] | None = None,  # one a layer, for generation
+        caches: list[Any] | None = None,  # one a layer, for generation
     ) -> Tensor:  # (B, T, V), logits
         """Give the logits of the next token at every position."""
         x = self.token_embeddings(token_ids)
@@ -271,15 +246,14 @@ def memory_table(
     matrices = parts["attention"] + parts["feed-forward"] + parts["head"]
     tokens = batch_size * config.context_length
     widths = 6  # of D numbers a layer: inputs of attention and network; q, k, v; heads
-    if short:  # and a copy of an input for each further matrix
-        widths += 2 + config.use_rope + (config.ffn == "swiglu")
+    # and, when short, a copy of an input for each further matrix
+    widths += short * (2 + config.use_rope + (config.ffn == "swiglu"))
     in_products = layers * (widths * d + 3 * config.d_ff) + d
-    norms = 0 if config.norm == "none" else (2 * layers + 1) * (d + 1)  # inputs, roots
-    exact = norms + layers * config.num_heads + 2  # sums of exponentials; ids take two
+    exact = parts["norms"] + parts["norms"] // d  # inputs and roots of norms
+    exact += layers * config.num_heads + 2  # sums of exponentials; ids take two
     return {
         "weights": weights + 2 * matrices * short,  # with a short copy of each matrix
-        "gradients": weights,
-        "optimizer": 2 * weights,
+        "gradients": weights, "optimizer": 2 * weights,
         "activations": tokens * ((2 if short else 4) * in_products + 4 * exact),
         "logits and their gradient": tokens * (10 if short else 8) * config.vocab_size,
     }
