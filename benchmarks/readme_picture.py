@@ -68,7 +68,8 @@ def main() -> None:
         axes.annotate(f"step {row['step']}: “… {text} …”", (row["step"], row["val_loss"]), xytext=(1.05, height),
                       fontsize=8.5, color="#a5421f", arrowprops={"arrowstyle": "-", "color": "#d9a08c", "lw": 0.8})
     axes.set(xscale="log", yscale="log", xlim=(0.9, 1400), xlabel="step of training (all: two minutes on a laptop)",
-             ylabel="loss on new stories, nats per token", title="A small Transformer climbs down to the floor of its corpus")
+             ylabel="loss on new stories, nats per token",
+             title="A small Transformer climbs down to the floor of its corpus")
     axes.set_xticks([1, 10, 100, 1000], ["0", "10", "100", "1000"])
     axes.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["0.25", "0.5", "1", "2", "4", "8"])
     axes.minorticks_off()
