@@ -10,7 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from tinylm.data import END_OF_TEXT, open_text
+from tinylm.core import END_OF_TEXT, open_text
 from tinylm.tokenizer import Tokenizer, train_bpe
 
 SIZES = [512 << k for k in range(7)]  # 512 to 32,768

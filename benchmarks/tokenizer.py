@@ -29,7 +29,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tinylm.data import peak_memory
+from peak import peak_memory
 
 END = "<|endoftext|>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -331,7 +331,7 @@ def default_corpora():
 def prepare(name, paths, size, folder):
     if paths:
         return repeat_to(map(read_any, paths), size, folder / f"{name}.txt")
-    from tinylm.data import fables
+    from tinylm.fables import fables
 
     return repeat_to([f"{story}\n{END}\n".encode() for story in fables(20_000, 0)], size, folder / f"{name}.txt")
 
