@@ -29,6 +29,11 @@ import tempfile
 import time
 from pathlib import Path
 
+<<<<<<< HEAD
+=======
+from peak import peak_memory
+
+>>>>>>> data
 END = "<|endoftext|>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -340,7 +345,7 @@ def default_corpora():
 def prepare(name, paths, size, folder):
     if paths:
         return repeat_to(map(read_any, paths), size, folder / f"{name}.txt")
-    from tinylm.data import fables
+    from tinylm.fables import fables
 
     return repeat_to([f"{story}\n{END}\n".encode() for story in fables(20_000, 0)], size, folder / f"{name}.txt")
 

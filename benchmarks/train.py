@@ -25,13 +25,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peak import peak_memory
 
 try:
     from transformers import LlamaConfig, LlamaForCausalLM
 except ImportError:
     LlamaForCausalLM = None
 
-from tinylm.data import peak_memory
 from tinylm.model import TransformerLM, flops_per_token
 from tinylm.optim import AdamW
 from tinylm.train import COMPILERS, PRESETS, commit, environment, get_batch, train_step

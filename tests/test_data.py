@@ -12,7 +12,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +19,7 @@ from tiny import write_fables
 
 from tinylm import data
 from tinylm.data import (
-    END_OF_TEXT, InputError, atomic_write, fables, fetch_corpus, get_batch, prepare, read_documents,
+    END_OF_TEXT, InputError, atomic_write, fables, fetch_corpus, prepare, read_documents,
 )
 
 
@@ -44,11 +43,7 @@ def test_what_is_written_is_read(tmp_path_factory, texts, end):
     wanted = [text.strip() for text in texts if text.strip() and END_OF_TEXT not in text]
     path = tmp_path_factory.mktemp("d") / "a.txt.gz"
     path.write_bytes(gzip.compress("".join(f"{text}{end}{END_OF_TEXT}{end}" for text in wanted or [" "]).encode()))
-    if wanted:
-        assert list(read_documents(path)) == wanted
-    else:
-        with pytest.raises(InputError, match="empty"):
-            list(read_documents(path))
+    assert list(read_documents(path)) == wanted
 
 
 def test_broken_utf8_is_marked_even_at_the_very_end(tmp_path):
@@ -102,7 +97,7 @@ def test_stopped_half_way_it_is_made_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(data, "fables", lambda count, seed: fables(count, seed) if seed == 0 else (1 / 0 for _ in "a"))
         fetch_corpus("fables", tmp_path)
-    assert files_below(tmp_path) == ["fables/made_from.json", "fables/train.txt"]
+    assert files_below(tmp_path) == []
     assert list(read_documents(fetch_corpus("fables", tmp_path)["valid"])) == list(fables(5, 1))
 
 
@@ -121,7 +116,7 @@ except InputError as err:
 def test_no_room_is_one_line_and_leaves_no_text(tmp_path):
     done = subprocess.run([sys.executable, "-c", NO_ROOM, "fables", tmp_path], capture_output=True, text=True)
     assert "cannot write" in done.stdout and done.stdout.count("\n") == 1, done.stderr
-    assert files_below(tmp_path) == ["fables/made_from.json"]
+    assert files_below(tmp_path) == []
 
 
 def test_a_file_of_your_own(tmp_path, capsys):
@@ -142,8 +137,8 @@ def test_a_file_of_your_own(tmp_path, capsys):
 @pytest.mark.parametrize("name, text, message", [
     ("none.txt", None, "cannot read"),
     ("empty.txt", b"", "empty"),
-    ("blank.txt", f"\n{END_OF_TEXT}\n \n".encode(), "empty"),
-    ("line.txt", b"one line, which cannot be cut", "only 1 document"),
+    ("blank.txt", f"\n{END_OF_TEXT}\n \n".encode(), "0 documents"),
+    ("line.txt", b"one line, which cannot be cut", "1 documents, and nothing to hold out"),
     ("packed.txt", gzip.compress(b"a\nb"), "a gzip file"),
     ("model.txt", b"\x80\x02\0\0", "no text"),
     ("old.txt", "\ufeffa story".encode("utf-16-le"), "UTF-16; expected UTF-8"),
@@ -164,14 +159,14 @@ def test_a_book_without_separators_is_cut_at_a_line_break(tmp_path, capsys):
     paths = fetch_corpus(str(tmp_path / "book.txt"), tmp_path / "data")
     (train,), (valid,) = (list(read_documents(paths[split])) for split in ("train", "valid"))
     assert train.split("\n") + valid.split("\n") == lines and 45 <= len(valid.split("\n")) <= 55
-    assert "one document; the last 4" in capsys.readouterr().err
+    assert "book.txt: the last 4" in capsys.readouterr().err
 
 
 def test_bytes_that_are_not_utf8_are_told_and_u_fffd_itself_is_not(tmp_path, capsys):
     texts = [t.encode("latin-1") for t in ("a cafe", "un café", "thé")] + ["a \ufffd".encode(), b"end"]
     (tmp_path / "old.txt").write_bytes(END_OF_TEXT.encode().join(texts))
     paths = fetch_corpus(str(tmp_path / "old.txt"), tmp_path / "data")
-    assert "old.txt: 2 of 5 documents hold bytes that are not UTF-8, now U+FFFD\n" in capsys.readouterr().err
+    assert "old.txt: 2 of 5 documents are not UTF-8; U+FFFD shows it\n" in capsys.readouterr().err
     assert list(read_documents(paths["train"])) == ["a cafe", "un caf\ufffd", "th\ufffd", "a \ufffd"]
     (tmp_path / "new.txt").write_bytes(END_OF_TEXT.encode().join(texts[3:]))
     fetch_corpus(str(tmp_path / "new.txt"), tmp_path / "data")
@@ -202,42 +197,30 @@ def changed(config, **fields):
 
 
 def test_what_fits_is_reused_and_what_does_not_is_made_again(config, capsys):
-    tokenizer, *files = prepared = prepare(config)
-    folder, (train, valid) = files[0].path.parent, [file.path for file in files]
-    assert files_below(folder) == sorted(["made_from.json", "tokenizer.json", "train.bin", "train.json", "valid.bin",
-                                          "valid.json"])
-    whole = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    capsys.readouterr()
-
-    def again():
-        assert prepare(config)[1:] == prepared[1:] and prepare(config)[0].fingerprint == tokenizer.fingerprint
-        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == whole
-        return re.findall(r"(training|encoding .*/\w+)", capsys.readouterr().err)
-
-    assert again() == []
-    valid.write_bytes(valid.read_bytes()[:-2])  # too short
-    assert [line[-5:] for line in again()] == ["valid"]
-    train.with_suffix(".json").unlink()  # killed while it was encoded; the tokenizer stays
-    assert [line[-5:] for line in again()] == ["train"]
-    for spoiled in ("", "[7]", json.dumps({"sha256": "0" * 64, "fingerprint": tokenizer.fingerprint})):
-        (folder / "made_from.json").write_text(spoiled, encoding="utf-8")
-        assert again() == ["training"]  # the token files fit what comes out
-    (folder / "tokenizer.json").write_text("{", encoding="utf-8")
-    assert again() == ["training"]
-    text = train.with_suffix(".json").read_text(encoding="utf-8")
-    train.with_suffix(".json").write_text(text.replace(tokenizer.fingerprint, "0" * 64), encoding="utf-8")
-    assert [line[-5:] for line in again()] == ["train"]
-    train.write_bytes(b"\xff\xff" + train.read_bytes()[2:])
-    with pytest.raises(InputError, match="id 65535, expected ids below 300"):
-        prepare(config)
+    tokenizer, train, valid = prepare(config)
+    folder = train.path.parent
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(whole) == ["made_from.json", "tokenizer.json", "train.bin", "train.json", "valid.bin", "valid.json"]
+    spoiled = {
+        "valid.bin": whole["valid.bin"][:-2], "train.bin": b"\xff\xff" + whole["train.bin"][2:], "train.json": b"",
+        "tokenizer.json": b"{", "valid.json": whole["valid.json"].replace(tokenizer.fingerprint.encode(), b"0" * 64),
+    }
+    for name, content in spoiled.items():
+        (folder / name).write_bytes(content)
+        capsys.readouterr()
+        assert prepare(config)[1:] == (train, valid) and "training a tokenizer" in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    prepare(config)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_tokenizer_that_we_did_not_make_is_not_replaced(config):
     path = prepare(config)[1].path.with_name("tokenizer.json")
     path.with_name("made_from.json").unlink()
+    path.write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match="tokenizer.json: not made by tinylm"):
         prepare(config)
-    assert path.exists()
+    assert path.read_text(encoding="utf-8") == "{}"
 
 
 def test_a_text_too_short_for_a_window_and_a_vocabulary_too_small(config, tmp_path):
@@ -246,8 +229,6 @@ def test_a_text_too_short_for_a_window_and_a_vocabulary_too_small(config, tmp_pa
         prepare(changed(config, val_corpus=str(tmp_path / "short.txt")))
     with pytest.raises(InputError, match="257"):
         prepare(changed(config, vocab_size=256))
-    with pytest.raises(InputError, match="too few"):
-        get_batch(np.arange(32), 4, 32)
 
 
 PREPARE = """
@@ -382,41 +363,26 @@ def test_no_file_no_network_and_no_room_are_one_line_each(hub, tmp_path):
     assert "404" in said and "HF_ENDPOINT" in said
     assert files_below(tmp_path / "data") == ["owt/owt_train.txt.gz"]  # what was whole is kept
     assert fetch("tinystories", tmp_path).startswith("InputError: TinyStoriesV2-GPT4-train.txt: cannot download")
-    assert "cannot write" in fetch("tinystories", tmp_path, hub, NO_ROOM)
+    assert "File too large" in fetch("tinystories", tmp_path, hub, NO_ROOM)
     assert files_below(tmp_path / "data") == ["owt/owt_train.txt.gz"]
 
 
-@pytest.mark.parametrize("fault, said", [("one letter", "SHA-256"), ("login page", "not a corpus"), ("html", "gzip")])
-def test_a_wrong_file_is_refused_and_not_left_behind(hub, tmp_path, fault, said):
+def test_a_wrong_file_is_refused_and_not_left_behind(hub, tmp_path):
     name, right = "owt_train.txt.gz", hub.files["owt_train.txt.gz"]
-    page = b"<html>Please log in</html>" * 1000
-    if fault == "one letter":  # as long as the true one, but not the same: only the SHA-256 can tell
-        hub.swapped[name] = right[:100] + bytes([right[100] ^ 1]) + right[101:]
-    else:  # consistent in itself, as from a mirror that serves something else
-        hub.files[name] = gzip.compress(page) if fault == "login page" else page
+    hub.swapped[name] = right[:100] + bytes([right[100] ^ 1]) + right[101:]  # as long as the true one
     answer = fetch("owt", tmp_path, hub)
-    assert answer.startswith("InputError: ") and name in answer and said in answer
+    assert answer.startswith("InputError: ") and name in answer and "SHA-256" in answer
     assert files_below(tmp_path / "data") == []
-    hub.swapped, hub.files[name] = {}, right
+    hub.swapped = {}
     assert fetch("owt", tmp_path, hub).endswith("owt_valid.txt.gz")
 
 
-def test_a_downloaded_text_is_hashed_once(tmp_path, monkeypatch, config):
+def test_texts_that_were_laid_there_by_hand_are_welcome(tmp_path, config):
     folder = tmp_path / "data" / "tinystories"
     folder.mkdir(parents=True)
-    for split in ("train", "valid"):  # laid there by hand, which is welcome
+    for split in ("train", "valid"):
         (folder / f"TinyStoriesV2-GPT4-{split}.txt").write_bytes(corpus_bytes(60, len(split)))
     first = prepare(own := changed(config, corpus="tinystories", val_corpus=None))
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "file_sha256", lambda path: 1 / 0)
-        assert prepare(own)[1:] == first[1:]
+    assert prepare(own)[1:] == first[1:]
     (folder / "TinyStoriesV2-GPT4-train.txt").write_bytes(corpus_bytes(61, 9))
     assert prepare(own)[1].sha256 != first[1].sha256
-
-
-# --- the rest
-
-
-def test_importing_data_imports_neither_torch_nor_the_compiler():
-    code = "import sys, tinylm.data; assert not {'torch', 'huggingface_hub', 'numba'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,5 +1,4 @@
 """What every module stands on: errors, files, signals, one switch for fast code. A plain module, not from a chapter."""
-import codecs
 import errno
 import gzip
 import hashlib
@@ -13,7 +12,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -82,19 +81,16 @@ def atomic_write(
             temporary.mkdir()
             begun = True
             yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    _store(file)
-            if target.exists():
-                shutil.rmtree(aside(target), ignore_errors=True)
-                os.replace(target, aside(target))
         else:
             text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
             with open(temporary, mode, **text) as file:  # type: ignore[call-overload]
                 begun = True
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
+        for made in (temporary, *temporary.rglob("*")):
+            _store(made)
+        if mode == "dir" and target.exists():
+            shutil.rmtree(aside(target), ignore_errors=True)
+            os.replace(target, aside(target))
         os.replace(temporary, target)
         if mode == "dir":
             _store(target.parent)
@@ -115,24 +111,14 @@ def _store(path: Path) -> None:
         os.close(descriptor)
 
 
-class _Gunzip(io.RawIOBase):
-    """The bytes inside a gzip file, unpacked as they are read; damage becomes an `InputError`."""
-
-    def __init__(self, path: Path):
-        self.path, self.file = path, gzip.GzipFile(path)
-
-    def readable(self) -> bool:
-        return True
+class _Gunzip(gzip.GzipFile):
+    """A gzip file whose damage becomes an `InputError`."""
 
     def readinto(self, buffer: Any) -> int:
         try:
-            return self.file.readinto(buffer)
+            return super().readinto(buffer)
         except (EOFError, gzip.BadGzipFile, zlib.error) as err:
-            raise InputError(f"{self.path}: not a whole gzip file ({err}); copy or download it again") from err
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
+            raise InputError(f"{self.name}: not a whole gzip file ({err}); copy or download it again") from err
 
 
 def open_text(
@@ -141,40 +127,34 @@ def open_text(
     """Open a text for reading, unpacking gzip on the fly.
 
     Raises `InputError` if it is missing, empty, damaged, or by its first bytes no UTF-8 text."""
-    path = Path(path)
     try:
-        stream = io.BufferedReader(_Gunzip(path) if path.suffix == ".gz" else io.FileIO(path), buffer_size=1 << 20)
+        file = _Gunzip(path) if Path(path).suffix == ".gz" else open(path, "rb", buffering=0)
     except OSError as err:
         raise InputError(f"{path}: cannot read ({err.strerror}); give the path of a .txt or .txt.gz file") from err
-    try:
-        begin = stream.peek(1 << 12)[: 1 << 12]
-        if not begin:
-            raise InputError(f"{path}: the file is empty; expected text")
-        if begin[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise InputError(f"{path}: the text is UTF-16; expected UTF-8: `iconv -f UTF-16 -t UTF-8` writes it so")
-        if begin[:2] == b"\x1f\x8b":
-            raise InputError(f"{path}: a gzip file; give it a name that ends in .gz")
-        zeros, wrong = begin.count(0), False
-        try:
-            codecs.getincrementaldecoder("utf-8")().decode(begin)
-        except UnicodeDecodeError:
-            wrong = True  # bytes that are not UTF-8 are read as U+FFFD, unless it looks like no text at all
-        if zeros and (wrong or zeros > len(begin) // 100):
-            raise InputError(f"{path}: no text, there are zero bytes in it; expected UTF-8")
+    stream = io.BufferedReader(file, buffer_size=1 << 20)  # type: ignore[type-var]
+    begin = stream.peek(1 << 12)[: 1 << 12]
+    zeros, wrong = begin.count(0), "\ufffd" in begin.decode("utf-8", "replace")[:-1]  # its last character may be cut
+    if not begin:
+        fault = "the file is empty; expected text"
+    elif begin.startswith((b"\xff\xfe", b"\xfe\xff")):
+        fault = "the text is UTF-16; expected UTF-8: `iconv -f UTF-16 -t UTF-8` writes it so"
+    elif begin.startswith(b"\x1f\x8b"):
+        fault = "a gzip file; give it a name that ends in .gz"
+    elif zeros > len(begin) // 100 or (zeros and wrong):  # alone, either is read as it is
+        fault = "no text, there are zero bytes in it; expected UTF-8"
+    else:
         return stream
-    except InputError:
-        stream.close()
-        raise
+    stream.close()
+    raise InputError(f"{path}: {fault}")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file; whatever is wrong with it becomes an `InputError`."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as err:
-        raise InputError(f"{path}: cannot read ({err.strerror}); expected a JSON file") from err
-    except ValueError as err:
-        raise InputError(f"{path}: not a whole JSON file ({err}); make or copy it again") from err
+    except (OSError, ValueError) as err:
+        why = getattr(err, "strerror", None) or err
+        raise InputError(f"{path}: cannot read ({why}); expected a whole JSON file: make or copy it again") from err
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -189,20 +169,14 @@ def noted_signals() -> Iterator[list[int]]:  # fills when a signal comes
 
     Only the main thread hears signals; elsewhere nothing is noted."""
     noted: list[int] = []
-    old: dict[int, Any] = {}
+    with ExitStack() as old:
 
-    def give_back() -> None:
-        for signum, handler in old.items():
-            signal.signal(signum, handler)
+        def note(signum: int, frame: Any) -> None:
+            old.close()
+            noted.append(signum)
+            say("finishing this step and saving; once more to quit at once")
 
-    def note(signum: int, frame: Any) -> None:
-        noted.append(signum)
-        give_back()
-        say("finishing this step and saving; once more to quit at once")
-
-    if threading.current_thread() is threading.main_thread():
-        old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                old.callback(signal.signal, signum, signal.signal(signum, note))
         yield noted
-    finally:
-        give_back()

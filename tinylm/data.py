@@ -4,65 +4,54 @@
 
 # %% auto #0
 __all__ = ['read_documents', 'corpus_name', 'fetch_corpus', 'prepare', 'windows', 'draw_starts', 'get_batch', 'cut_stories',
-           'fables_floor', 'peak_memory']
+           'fables_floor']
 
 # %% ../nbs/00_data.ipynb #6b054c8b
-import errno
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock
 
-from .core import END_OF_TEXT, InputError, open_text, read_json, say
-from .core import atomic_write, cannot_write, file_sha256
+from .core import END_OF_TEXT, InputError, atomic_write, cannot_write
+from .core import file_sha256, open_text, read_json, say
 from .fables import TEXT, fable_logprob, fables
-
-if TYPE_CHECKING:  # slow to import, and not needed to fetch a corpus
-    import torch
-
-    from tinylm.tokenizer import TokenFile, Tokenizer
+from .tokenizer import TokenFile, Tokenizer, train_bpe
 
 # %% ../nbs/00_data.ipynb #3e0295c5
 def read_documents(
     path: str | os.PathLike[str],  # a .txt or .txt.gz file
     errors: str = "replace",  # for bytes that are not UTF-8, as in `open`
 ) -> Iterator[str]:  # its documents, without white space around them
-    """Stream the documents of a corpus, without empty ones.
-
-    Raises `InputError` when there is no document at all."""
-    found, parts = False, list[str]()
+    """Stream the documents of a corpus, without empty ones."""
+    parts: list[str] = []
     with io.TextIOWrapper(open_text(path), "utf-8", errors, newline="") as lines:
         for line in chain(lines, [END_OF_TEXT]):  # the end of the file ends a document
             *ended, rest = line.split(END_OF_TEXT)
             for part in ended:
                 if document := "".join([*parts, part]).strip():
-                    found = True
                     yield document
                 parts = []
             parts.append(rest)
-    if not found:
-        raise InputError(f"{path}: the corpus is empty; expected documents, each "
-                         f"ended by a line {END_OF_TEXT}")
 
 # %% ../nbs/00_data.ipynb #a9b0c03a
-def _ensure(
-    home: Path, folder: Path, names: list[str], there: Callable, make: Callable
-) -> Any:
-    """Return what `there` finds; if that is None, `make` it in the folder first.
+def _ensure(home: Path, targets: Iterable[Path], find: Callable, make: Callable) -> Any:
+    """Return what `find` finds; if that is None, `make` it first.
 
-    Those who make something of one corpus wait for each other in its `home`. Files of
-    these names that we did not make are refused."""
-    if (found := there()) is not None:
+    Those who make something of one corpus wait for each other in its `home`. Targets
+    that we did not make are refused."""
+    if (found := find()) is not None:
         return found
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -70,69 +59,63 @@ def _ensure(
     except OSError as err:
         raise cannot_write(home, err) from err
     with lock:
-        if (found := there()) is None:
-            foreign = [folder / name for name in names if (folder / name).exists()]
-            if foreign and not (folder / "made_from.json").exists():
-                raise InputError(f"{foreign[0]}: not made by tinylm (no made_from.json "
-                                 "beside it), so it is not replaced; move it away")
+        if find() is None:
+            for path in targets:
+                if path.exists() and not path.with_name("made_from.json").exists():
+                    raise InputError(f"{path}: not made by tinylm (no made_from.json "
+                                     "beside it), so it is not replaced; move it away")
             make()
-            found = there()
-    return found
+    return find()
 
 
 _STORIES = {"train": (20_000, 0), "valid": (1_000, 1)}  # of Fables: how many, the seed
 
 
-def _write_texts(home: Path, facts: dict, make: Callable) -> dict[str, Path]:
-    """Write the documents that `make` gives to train.txt and valid.txt.
+def _write_texts(home: Path, facts: dict, tell: Callable) -> dict[str, Path]:
+    """Write the documents that `tell` gives to train.txt and valid.txt.
 
     Both are reused when they are whole and were made from the same facts."""
     note, paths = home / "made_from.json", {s: home / f"{s}.txt" for s in _STORIES}
 
-    def whole() -> dict:
-        return {**facts, "bytes": {s: path.stat().st_size for s, path in paths.items()}}
-
-    def there() -> dict[str, Path] | None:
+    def find() -> dict[str, Path] | None:
         with suppress(InputError, OSError):  # not made yet, or damaged
-            if read_json(note) == whole():
+            sizes = {split: path.stat().st_size for split, path in paths.items()}
+            if read_json(note) == {**facts, "bytes": sizes}:
                 return paths
         return None
 
-    def write() -> None:
-        documents = make()
-        with atomic_write(note, "w") as file:
-            json.dump(facts, file)  # if we are stopped now, the files are known as ours
-        for split, path in paths.items():
-            with atomic_write(path, "w") as file:
+    def make() -> None:
+        documents, sizes = tell(), {}
+        with (atomic_write(note, "w") as about,  # the last to get its name
+              atomic_write(paths["train"], "w") as train,
+              atomic_write(paths["valid"], "w") as valid):
+            for split, file in (("train", train), ("valid", valid)):
                 file.writelines(f"{text}\n{END_OF_TEXT}\n" for text in documents[split])
-        with atomic_write(note, "w") as file:
-            json.dump(whole(), file, indent=1)
+                sizes[split] = file.tell()
+            json.dump({**facts, "bytes": sizes}, about, indent=1)
 
-    return _ensure(home, home, [path.name for path in paths.values()], there, write)
+    return _ensure(home, paths.values(), find, make)
 
 # %% ../nbs/00_data.ipynb #4192fba5
 def _hold_out(path: Path) -> dict[str, Iterable[str]]:
     """Split a text: the last 5% of its documents, at least one, are for validation.
 
     A single document is cut at a line break."""
-    count = broken = 0
-    for text in read_documents(path, errors="surrogateescape"):  # shows wrong bytes
-        count, broken = count + 1, broken + bool(re.search("[\udc80-\udcff]", text))
-    if broken:
-        found = f"{broken} of {count} documents hold bytes that are not UTF-8"
-        say(f"{path}: {found}, now U+FFFD")
-    if count > 1:
-        last = max(count // 20, 1)
-        say(f"{path}: the last {last} of {count} documents are held out for validation")
-        return {"train": islice(read_documents(path), count - last),
-                "valid": islice(read_documents(path), count - last, None)}
-    (text,) = read_documents(path)
+    texts = read_documents(path, errors="surrogateescape")  # shows wrong bytes
+    count = Counter(bool(re.search("[\udc80-\udcff]", text)) for text in texts)
+    total, documents = count.total(), read_documents(path)
+    if count[True]:
+        say(f"{path}: {count[True]} of {total} documents are not UTF-8; U+FFFD shows it")
+    if total > 1:
+        last = max(total // 20, 1)
+        say(f"{path}: the last {last} of {total} documents are held out for validation")
+        return {"train": islice(documents, total - last), "valid": documents}
+    text = next(documents, "")
     cut = text.rfind("\n", 0, len(text) - len(text) // 20)
     if cut < 0:
-        raise InputError(f"{path}: only 1 document of a single line; separate "
+        raise InputError(f"{path}: {total} documents, and nothing to hold out; separate "
                          f"documents by {END_OF_TEXT}, or give --val_corpus")
-    held_out = f"the last {len(text) - cut:,} characters are held out for validation"
-    say(f"{path}: one document; {held_out}")
+    say(f"{path}: the last {len(text) - cut:,} characters are held out for validation")
     return {"train": [text[:cut]], "valid": [text[cut + 1 :]]}
 
 # %% ../nbs/00_data.ipynb #a76dcfd9
@@ -147,24 +130,13 @@ def _download(repo: str, name: str, home: Path) -> Path:
 
         try:
             url = hub.hf_hub_url(repo, name, repo_type="dataset")
-            expected = str(hub.get_hf_file_metadata(url).etag)
-            path = Path(hub.hf_hub_download(repo, name, repo_type="dataset",
-                                            local_dir=incomplete))
-            sha256 = file_sha256(path)
-            if re.fullmatch("[0-9a-f]{64}", expected) and sha256 != expected:
-                raise InputError(f"{name}: SHA-256 is {sha256}, expected {expected}; "
-                                 "it was deleted, run the command again")
-            with open_text(path) as stream:
-                if END_OF_TEXT.encode() not in stream.read(1 << 20):
-                    raise InputError(f"{name}: not a corpus (no {END_OF_TEXT} in it); "
-                                     "it was deleted, check HF_ENDPOINT")
+            stated = hub.get_hf_file_metadata(url).etag
+            path = hub.hf_hub_download(repo, name, repo_type="dataset",
+                                       local_dir=incomplete)
+            if (sha256 := file_sha256(path)) != stated:
+                raise ValueError(f"its SHA-256 is {sha256}, expected {stated}")
             os.replace(path, target)
-        except InputError:
-            raise
         except Exception as err:  # network errors differ between the library's versions
-            full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-            if getattr(err, "errno", None) in full or "(os error 28)" in str(err):
-                raise cannot_write(target, err) from err
             why = " ".join(str(err).split())[:200] or type(err).__name__
             source = f"{hub.constants.ENDPOINT} ({why})"
             raise InputError(f"{name}: cannot download from {source}; check the "
@@ -172,27 +144,12 @@ def _download(repo: str, name: str, home: Path) -> Path:
         finally:
             shutil.rmtree(incomplete, ignore_errors=True)
 
-    return _ensure(home, home, [], lambda: target if target.exists() else None, make)
-
-
-def _noted_sha256(path: Path) -> str:
-    """Compute a text's SHA-256 once; a note keeps it until size or time change."""
-    about, note = path.stat(), path.with_name(f".{path.name}.sha256")
-    state = [about.st_size, about.st_mtime_ns]
-    with suppress(TypeError, ValueError):  # no note, or a damaged one
-        *before, sha256 = read_json(note)
-        if before == state:
-            return sha256
-    sha256 = file_sha256(path)
-    with suppress(InputError), atomic_write(note, "w") as file:
-        json.dump([*state, sha256], file)
-    return sha256
+    return _ensure(home, [], lambda: target if target.exists() else None, make)
 
 # %% ../nbs/00_data.ipynb #bd7d01d8
-_HUB = {  # corpus -> dataset, and its files for training and validation
-    "tinystories": ("roneneldan/TinyStories", "TinyStoriesV2-GPT4-train.txt",
-                    "TinyStoriesV2-GPT4-valid.txt"),
-    "owt": ("stanford-cs336/owt-sample", "owt_train.txt.gz", "owt_valid.txt.gz"),
+_HUB = {  # corpus -> dataset, and its files, {} being the split
+    "tinystories": ("roneneldan/TinyStories", "TinyStoriesV2-GPT4-{}.txt"),
+    "owt": ("stanford-cs336/owt-sample", "owt_{}.txt.gz"),
 }
 
 
@@ -200,10 +157,8 @@ def corpus_name(
     corpus: str,  # "fables", "tinystories", "owt", or a path
 ) -> str:  # a short name: of a path, its last part without its ending
     """Give the name under which a corpus is filed."""
-    if corpus == "fables" or corpus in _HUB:
-        return corpus
     name = re.sub(r"\.txt(\.gz)?$", "", Path(corpus).name)
-    return f"my-{name}" if name == "fables" or name in _HUB else name
+    return f"my-{name}" if name != corpus and name in ("fables", *_HUB) else name
 
 
 def fetch_corpus(
@@ -221,9 +176,8 @@ def fetch_corpus(
         told = {split: fables(*about) for split, about in _STORIES.items()}
         paths = _write_texts(home, facts, lambda: told)
     elif corpus in _HUB:
-        repo, *names = _HUB[corpus]
-        files = zip(_STORIES, names, strict=True)
-        paths = {split: _download(repo, name, home) for split, name in files}
+        repo, name = _HUB[corpus]
+        paths = {split: _download(repo, name.format(split), home) for split in _STORIES}
     elif not corpus.endswith((".txt", ".txt.gz")):
         raise InputError(f"{corpus}: no such corpus; expected fables, tinystories, owt "
                          "or the path of a .txt or .txt.gz file")
@@ -240,59 +194,47 @@ def fetch_corpus(
 # %% ../nbs/00_data.ipynb #4fd26f21
 def prepare(
     config: Any,  # uses corpus, val_corpus, data_dir, vocab_size and context_length
-) -> "tuple[Tokenizer, TokenFile, TokenFile]":  # with train and validation tokens
+) -> tuple[Tokenizer, TokenFile, TokenFile]:  # with train and validation tokens
     """Make a corpus, its tokenizer and token files, or reuse what is there and fits.
 
     They lie in `vocab-<vocab_size>` in the folder of the corpus. Raises `InputError`
     when a text is too short for one window."""
-    from tinylm.tokenizer import TokenFile, Tokenizer, train_bpe
-
     texts = fetch_corpus(config.corpus, config.data_dir, config.val_corpus)
-    if config.val_corpus is None:
-        place = texts["train"].parent
-        sha256 = {split: _noted_sha256(path) for split, path in texts.items()}
-    else:
-        sha256 = {split: file_sha256(path) for split, path in texts.items()}
+    sha256 = {split: file_sha256(path) for split, path in texts.items()}
+    place = texts["train"].parent
+    if config.val_corpus is not None:
         marks = (digest[:8] for digest in sha256.values())
         place = Path(config.data_dir) / "-".join([corpus_name(config.corpus), *marks])
     folder = place / f"vocab-{config.vocab_size}"
 
-    def load(*splits: str) -> tuple[Any, ...] | None:
+    def find() -> tuple | None:
         with suppress(InputError):  # not there yet, or damaged
             tokenizer = Tokenizer.load(folder)
-            files = [TokenFile.load(folder / f"{split}.bin") for split in splits]
-            made_from = [(file.sha256, file.fingerprint) for file in files]
-            wanted = [(sha256[split], tokenizer.fingerprint) for split in splits]
-            facts = {"sha256": sha256["train"], "fingerprint": tokenizer.fingerprint}
-            if made_from == wanted and read_json(folder / "made_from.json") == facts:
+            files = [TokenFile.load(folder / f"{split}.bin") for split in texts]
+            for file in files:
+                file.check(tokenizer)
+            if [file.sha256 for file in files] == [*sha256.values()]:
                 return tokenizer, *files
         return None
 
     def make() -> None:
-        if found := load():
-            (tokenizer,) = found
-        else:
-            size, text = f"{config.vocab_size:,} tokens", texts["train"]
-            say(f"training a tokenizer with {size} on {text}")
-            learned = train_bpe(text, config.vocab_size, [END_OF_TEXT])
-            tokenizer = Tokenizer(*learned, [END_OF_TEXT])
-            facts = {"sha256": sha256["train"], "fingerprint": tokenizer.fingerprint}
-            with atomic_write(folder / "made_from.json", "w") as note:
-                json.dump(facts, note)
-            tokenizer.save(folder)
+        text = texts["train"]
+        say(f"training a tokenizer with {config.vocab_size:,} tokens on {text}")
+        learned = train_bpe(text, config.vocab_size, [END_OF_TEXT])
+        with atomic_write(folder / "made_from.json", "w") as note:
+            json.dump(sha256, note)
+        tokenizer = Tokenizer(*learned, [END_OF_TEXT])
+        tokenizer.save(folder)
         for split, text in texts.items():
-            if not load(split):
-                say(f"encoding {text} into {folder / split}.bin")
-                tokenizer.encode_file(text, folder / f"{split}.bin")
+            say(f"encoding {text} into {folder / split}.bin")
+            tokenizer.encode_file(text, folder / f"{split}.bin")
 
-    names = ["tokenizer.json", "train.bin", "valid.bin"]
-    tokenizer, *files = _ensure(place, folder, names, lambda: load(*texts), make)
+    targets = [folder / name for name in ("tokenizer.json", "train.bin", "valid.bin")]
+    tokenizer, *files = _ensure(place, targets, find, make)
     for file in files:
         if file.count <= config.context_length:
-            found, needed = f"{file.count:,} tokens", f"{config.context_length + 1:,}"
-            raise InputError(f"{file.path}: {found} are too few; one window needs "
-                             f"{needed}: use more text")
-        file.check(tokenizer)
+            needed = f"one window needs {config.context_length + 1:,}: use more text"
+            raise InputError(f"{file.path}: {file.count:,} tokens are too few; {needed}")
     return tokenizer, *files
 
 # %% ../nbs/00_data.ipynb #2abb38a0
@@ -300,11 +242,9 @@ def windows(
     tokens: np.ndarray,  # token ids in a row, shape (N,), any integer dtype
     starts: np.ndarray,  # where each window begins, shape (B,)
     context_length: int,  # T, length of each window
-    device: "str | torch.device" = "cpu",  # where the batch is needed
-) -> "tuple[torch.Tensor, torch.Tensor]":  # inputs and targets, each (B, T), int64
+    device: str | torch.device = "cpu",  # where the batch is needed
+) -> tuple[torch.Tensor, torch.Tensor]:  # inputs and targets, each (B, T), int64
     """Gather windows; the targets are the inputs shifted by one."""
-    import torch
-
     places = starts[:, None] + np.arange(context_length + 1)
     rows = torch.from_numpy(np.asarray(tokens[places], dtype=np.int64))
     if torch.device(device).type == "cuda":
@@ -320,9 +260,6 @@ def draw_starts(
     rng: np.random.Generator,  # where the randomness comes from
 ) -> np.ndarray:  # shape (B,), int64
     """Draw where windows begin, each place with the same probability."""
-    if len(tokens) <= context_length:
-        needed = f"context_length {context_length} needs {context_length + 1}"
-        raise InputError(f"{len(tokens)} tokens are too few: {needed}")
     return rng.integers(len(tokens) - context_length, size=batch_size)
 
 
@@ -330,12 +267,10 @@ def get_batch(
     tokens: np.ndarray,  # token ids in a row, shape (N,); a memory map is best
     batch_size: int,  # B, number of windows
     context_length: int,  # T, length of each
-    device: "str | torch.device" = "cpu",  # where the batch is needed
+    device: str | torch.device = "cpu",  # where the batch is needed
     rng: np.random.Generator | None = None,  # the randomness; None: a fresh one
-) -> "tuple[torch.Tensor, torch.Tensor]":  # inputs and targets, each (B, T), int64
-    """Draw windows from random places; the targets are the inputs shifted by one.
-
-    Raises `InputError` when the tokens are too few for a single window."""
+) -> tuple[torch.Tensor, torch.Tensor]:  # inputs and targets, each (B, T), int64
+    """Draw windows from random places; the targets are the inputs shifted by one."""
     rng = rng or np.random.default_rng()
     starts = draw_starts(tokens, batch_size, context_length, rng)
     return windows(tokens, starts, context_length, device)
@@ -356,7 +291,7 @@ def cut_stories(
 
 def fables_floor(
     tokens: np.ndarray,  # validation tokens in a row, shape (N,), made from Fables
-    tokenizer: "Tokenizer",  # the tokenizer that made them
+    tokenizer: Tokenizer,  # the tokenizer that made them
     context_length: int,  # stories that do not fit are left out, as in `cut_stories`
 ) -> float:  # the lowest loss to be expected on these stories, in nats per token
     """Compute the realized floor: the grammar's own loss on the stories of a text.
@@ -364,16 +299,6 @@ def fables_floor(
     Raises `InputError` when none fits, or when the grammar cannot tell one of them."""
     rows = cut_stories(tokens, tokenizer.special_tokens[END_OF_TEXT], context_length)
     if not rows:
-        raise InputError(f"no story fits into context_length {context_length}; "
-                         "choose a longer context")
+        raise InputError(f"no story fits into context_length {context_length}; raise it")
     nats = -sum(fable_logprob(tokenizer.decode(row[1:-1]).strip()) for row in rows)
     return nats / sum(len(row) - 1 for row in rows)
-
-# %% ../nbs/00_data.ipynb #9b78465f
-def peak_memory() -> int | None:
-    """Tell the most memory that this process has held, in bytes."""
-    # leaves the package as soon as nothing imports it from here
-    with suppress(OSError):
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    return None
