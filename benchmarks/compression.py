@@ -11,11 +11,7 @@ import json
 from pathlib import Path
 
 from tinylm.core import END_OF_TEXT, open_text
-<<<<<<< HEAD
 from tinylm.tokenizer import ByteLevelBPE, make_vocab, train_bpe
-=======
-from tinylm.tokenizer import Tokenizer, train_bpe
->>>>>>> data
 
 SIZES = [512 << k for k in range(7)]  # 512 to 32,768
 

@@ -29,25 +29,11 @@ import tempfile
 import time
 from pathlib import Path
 
-<<<<<<< HEAD
-=======
 from peak import peak_memory
 
->>>>>>> data
 END = "<|endoftext|>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-
-
-def peak_memory():
-    "The most memory that this process has ever held, in bytes (its own peak: that of its parent does not count)."
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    except OSError:  # no Linux
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def small_text():
