@@ -19,23 +19,8 @@ from matplotlib.figure import Figure
 import tinylm.optim
 import tinylm.rope
 import tinylm.train
-from tinylm.ablations import (
-    BASE,
-    SWEEPS,
-    Plan,
-    Processes,
-    Result,
-    compare_run,
-    differences,
-    load_plans,
-    plot_forest,
-    results_table,
-    run_name,
-    run_plan,
-    run_sweep,
-    search_results,
-    vary,
-)
+from tinylm.ablations import BASE, SWEEPS, Plan, Result, _Processes, by_group, compare_run, load_plans
+from tinylm.ablations import paired_difference, plot_forest, results_table, run_name, run_plan, run_sweep, search_results, variants
 from tinylm.data import END_OF_TEXT, InputError, fables
 from tinylm.train import PRESETS, prepare, read_metrics, train
 
@@ -47,7 +32,8 @@ def test_one_and_one_point_nought_are_one_run():
 
 
 def test_a_variant_is_named_or_made_of_fields():
-    assert vary(BASE, "post-norm") == vary(BASE, "norm=post") and vary(BASE, "use_rope=False+lr=0.5").lr == 0.5
+    named, by_field, two = variants(BASE, ["post-norm", "norm=post", "use_rope=False+lr=0.5"]).values()
+    assert named == by_field and two.lr == 0.5 and not two.use_rope
     for wrong in ("post-nrom", "nrom=post", ""):
         with pytest.raises(InputError, match="there are baseline, post-norm"):
             Plan(BASE, (wrong,), seeds=(1,)).fresh([])
@@ -59,18 +45,10 @@ def test_a_plan_begins_with_the_preset_that_it_names(tmp_path):
     assert plans["a"].base == replace(PRESETS["debug"], lr=0.5) and plans["b"].base == BASE
 
 
-def test_nothing_to_run_is_a_plain_mistake(tmp_path):
-    (tmp_path / "plan.json").write_text("{}", encoding="utf-8")
-    (tmp_path / "wrong.json").write_text('{"a": {"lr": 3}}', encoding="utf-8")
-    for verb, words, changes in (
-        ("ablate", "nothing to run", {"plan": str(tmp_path / "plan.json")}),
-        ("ablate", "nothing to run", {"seeds": ""}),
-        ("search", "nothing to run", {"seeds": ""}), ("search", "separate by commas", {"lrs": "0.1;0.2"}),
-        ("ablate", "not a file of plans", {"plan": str(tmp_path / "wrong.json")}),
-        ("search", "--seed makes no sense here: use --seeds", {"seed": 3}),
-    ):
+def test_a_sweep_refuses_lists_that_are_none_and_a_single_seed(tmp_path):
+    for words, changes in (("separate by commas", {"lrs": "0.1;0.2"}), ("--seed makes no sense here", {"seed": 3})):
         with pytest.raises(InputError, match=words):
-            run_sweep(verb, replace(SWEEPS[verb], out=str(tmp_path), **changes))
+            run_sweep("search", replace(SWEEPS["search"], out=str(tmp_path), **changes))
 
 
 def made_up(losses: dict) -> list[Result]:
@@ -82,7 +60,9 @@ def made_up(losses: dict) -> list[Result]:
 
 def test_a_lucky_single_run_is_no_baseline():
     results = made_up({("baseline", 0.01): [2.0, 2.1, 2.2], ("baseline", 0.02): [1.9], ("nope", 0.01): [2.5, 2.5, 2.8]})
-    assert differences(results)["nope", 0.01].values == pytest.approx([0.5, 0.4, 0.6])
+    losses = by_group(results)
+    gap = paired_difference(losses["nope", 0.01], losses["baseline", 0.01])
+    assert gap.values == pytest.approx([0.5, 0.4, 0.6]) and str(gap) in results_table(results).splitlines()[-1]
 
 
 def test_a_forest_plot_counts_the_runs_that_diverged_and_averages_no_others():
@@ -90,16 +70,16 @@ def test_a_forest_plot_counts_the_runs_that_diverged_and_averages_no_others():
                        ("no-norm", 0.01): [np.inf, 2.4, np.inf]})
     axis = plot_forest(results, Figure().add_subplot())
     assert len(axis.containers) == 1  # one mean with its interval, that of nope
-    assert [text.get_text() for text in axis.texts] == ["2 of 3 diverged"]
+    assert [label.get_text() for label in axis.get_yticklabels()][1] == "no-norm, lr 0.01\n2 of 3 diverged"
     assert [cell.strip() for cell in results_table(results).splitlines()[-1].split("|")[3:-1]] == ["3", "2", "", "", ""]
 
 
 def test_sensitivity_needs_no_even_rates_and_every_search_may_fail():
     even = made_up({("even", 10.0**-k): [abs(k - 3.0)] for k in (1, 2, 3, 4, 5)})
     finer = made_up({("finer", 10.0**-k): [abs(k - 3.0)] for k in (1, 1.5, 2, 3, 3.25, 4, 5)})
-    assert [s.sensitivity for s in search_results(even + finer).values()] == pytest.approx([1, 1])
+    assert [s["sensitivity"] for s in search_results(even + finer).values()] == pytest.approx([1, 1])
     lost = search_results(made_up({("baseline", lr): [np.inf] for lr in (0.1, 0.2)}))["baseline"]
-    assert lost.best is None and lost.edge == 0.1 and "try lower" in str(lost)
+    assert lost["best"] is None and lost["edge"] == 0.1 and lost["advice"] == "try lower rates"
 
 
 # real runs, in real processes
@@ -159,7 +139,8 @@ def test_a_search_stopped_by_ctrl_c_goes_on_exactly_where_it_was(tiny, tmp_path)
 
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
-    assert "| baseline            | 0.02    |    1 |        0 |" in again.stdout and "best lr" in again.stdout
+    assert "| baseline            | 0.02    |    1 |        0 |" in again.stdout
+    assert "baseline: best 0.0" in again.stdout
     assert not list((tmp_path / "runs").iterdir())
     undisturbed = train(replace(tiny, lr=0.01, run_dir=str(tmp_path / "undisturbed")))
     expected = [row["train_loss"] for row in read_metrics(undisturbed)]
@@ -175,7 +156,7 @@ def test_the_death_of_a_process_costs_no_other_run_and_the_same_call_goes_on(tin
     killer = threading.Thread(target=kill_one)
     killer.start()
     plan = Plan(tiny, ("baseline",), lrs=(0.01, 0.02, 0.03), seeds=(1,))
-    with Processes(jobs=2) as executor:
+    with _Processes(jobs=2) as executor:
         failures = run_plan(plan, tmp_path, executor)
         killer.join()
         assert len(failures) == 1 and len(losses(tmp_path)) == 2  # and no fresh seeds at a rate that may be wrong
@@ -269,15 +250,15 @@ def unshuffled(patch):
 ])
 def test_compare_finds_a_planted_bug(debug, tmp_path, monkeypatch, bug, where):
     bug(monkeypatch)
-    verdict = compare_run(train(replace(debug, run_dir=str(tmp_path / "run"))))
-    assert not verdict.right and where in verdict.text, verdict.text
+    right, text = compare_run(train(replace(debug, run_dir=str(tmp_path / "run"))))
+    assert not right and where in text, text
 
 
 def test_compare_finds_a_planted_bug_in_the_preset_that_readers_run(debug, tmp_path, monkeypatch):
     no_bias_correction(monkeypatch)
     laptop = replace(PRESETS["laptop"], data_dir=debug.data_dir, max_steps=10, run_dir=str(tmp_path / "run"))
-    verdict = compare_run(train(laptop))
-    assert not verdict.right and "at step 10" in verdict.text, verdict.text
+    right, text = compare_run(train(laptop))
+    assert not right and "at step 10" in text, text
 
 
 def reference_run(path: Path, factor) -> Path:
@@ -299,14 +280,14 @@ def reference_run(path: Path, factor) -> Path:
     (lambda step: 1.0001 if step > 0 else 1, "at step 20 is not the"),
 ])
 def test_compare_judges_every_step(tmp_path, factor, says):
-    verdict = compare_run(reference_run(tmp_path / "record.json", factor))
-    assert says in verdict.text and verdict.right == ("equal" in says), verdict.text
+    right, text = compare_run(reference_run(tmp_path / "record.json", factor))
+    assert says in text and right == ("equal" in says), text
 
 
 def test_compare_lets_good_runs_pass_and_says_what_it_could_not_see(debug, tmp_path):
     for seed, says in ((0, "equal to the reference run of seed 0 up to step 20"), (11, "seed 11 has no reference run")):
-        verdict = compare_run(train(replace(debug, seed=seed, max_steps=None, run_dir=str(tmp_path / f"{seed}"))))
-        assert verdict.right and says in verdict.text, verdict.text
+        right, text = compare_run(train(replace(debug, seed=seed, max_steps=None, run_dir=str(tmp_path / f"{seed}"))))
+        assert right and says in text, text
 
 
 def test_compare_bears_what_another_machine_would_round_otherwise(debug, tmp_path, monkeypatch):
@@ -319,19 +300,18 @@ def test_compare_bears_what_another_machine_would_round_otherwise(debug, tmp_pat
         return model
 
     monkeypatch.setattr(tinylm.train, "TransformerLM", rounded)
-    assert compare_run(train(replace(debug, run_dir=str(tmp_path / "run")))).right
+    assert compare_run(train(replace(debug, run_dir=str(tmp_path / "run"))))[0]
 
 
-def test_compare_tells_a_divergence_and_refuses_what_it_cannot_compare(debug, tiny, tmp_path):
+def test_compare_tells_a_divergence_and_refuses_what_it_cannot_compare(tmp_path):
     record = json.loads(reference_run(tmp_path / "right.json", lambda step: 1).read_text(encoding="utf-8"))
     record["curve"].append({"step": 39, "train_loss": None, "val_loss": None, "diverged": True})
     (tmp_path / "record.json").write_text(json.dumps(record), encoding="utf-8")
-    assert compare_run(tmp_path / "record.json").text.endswith("diverged at step 39; try a lower lr")
+    assert compare_run(tmp_path / "record.json")[1].endswith("diverged at step 39; try a lower lr")
     for wrong, says in (
         (record | {"config": record["config"] | {"lr": 0.01}}, "lr 0.01, the reference"),
         (record | {"config": record["config"] | {"preset": "reference"}}, "no reference curves for fables/reference"),
         (record | {"corpus": {"name": "fables", "sha256": "0"}}, "the run has corpus 0"),
-        ([], "neither"), ({}, "neither"),
     ):
         (tmp_path / "record.json").write_text(json.dumps(wrong), encoding="utf-8")
         with pytest.raises(InputError, match=says):

@@ -342,9 +342,9 @@ class Compare:
     def run(self) -> int:
         from tinylm.ablations import compare_run
 
-        verdict = compare_run(self.run_dir or newest_run())
-        print(verdict.text)
-        return 0 if verdict.right else 1
+        right, text = compare_run(self.run_dir or newest_run())
+        print(text)
+        return 0 if right else 1
 
 
 @dataclass(frozen=True)
