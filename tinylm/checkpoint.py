@@ -31,7 +31,7 @@ def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, str]:
     return {"state.json": found["state.json"].hexdigest(),
             **{name: file_sha256(folder / name) for name in names}}
 
-# %% ../nbs/05_train.ipynb #08a4cccb
+
 def save_checkpoint(
     model: nn.Module,  # its parameters are saved
     optimizer: torch.optim.Optimizer,  # its state is saved

@@ -23,7 +23,7 @@ def rank() -> int:  # 0 where there is one process
     """Return the number of this process among those that train together."""
     return dist.get_rank() if dist.is_initialized() else 0
 
-# %% ../nbs/10_distributed.ipynb #3e9ba717
+
 def world_size() -> int:  # 1 where there is one process
     """Return how many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -31,7 +31,7 @@ def world_size() -> int:  # 1 where there is one process
 # %% ../nbs/10_distributed.ipynb #1ebe3eaa
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the processes that torchrun started, and leave them at the end; alone, do nothing.
+    """Join the processes that torchrun started; alone, do nothing.
 
     Only rank 0 can be heard meanwhile. Raises InputError if another process dies.
     """
@@ -42,7 +42,7 @@ def process_group() -> Iterator[None]:
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
     store, me, size = next(dist.rendezvous("env://"))
-    if os.environ["GROUP_WORLD_SIZE"] == "1":  # after a restart, the addresses of the dead are still in the store
+    if os.environ["GROUP_WORLD_SIZE"] == "1":  # the dead may still be in the store
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=store, rank=me, world_size=size)
@@ -52,26 +52,28 @@ def process_group() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             what = "another process of this job has died"
-            raise InputError(f"{what}; go on with --resume and the folder of the run") from error
+            advice = "go on with --resume and the folder of the run"
+            raise InputError(f"{what}; {advice}") from error
         raise
     finally:
         dist.destroy_process_group()
 
-# %% ../nbs/10_distributed.ipynb #5387823d
+
 @contextmanager
 def only_rank0_speaks() -> Iterator[None]:
     """Let what the processes of other ranks print go nowhere."""
     if int(os.environ.get("RANK", 0)) == 0:
         yield
         return
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
 
-# %% ../nbs/10_distributed.ipynb #2c15471c
+
 def leave(
     code: int,  # exit code of this process
 ) -> NoReturn:
-    """End the program; if torchrun started it, at once, since gloo's threads may not survive Python's own end."""
+    """End the program; under torchrun at once, as gloo's threads may not survive."""
     if dist.is_torchelastic_launched():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -84,9 +86,9 @@ R = TypeVar("R")
 
 
 def on_rank0(
-    work: Callable[P, R],  # returns what can be sent to the others: numbers, texts, paths, lists of them
+    work: Callable[P, R],  # returns what can be sent: numbers, texts, paths, lists
 ) -> Callable[P, R]:  # the same, to be called by all processes in the same order
-    """Let a function run in the process of rank 0 alone; its result, or its failure, is everybody's."""
+    """Let a function run in rank 0 alone; its result, or failure, is everybody's."""
 
     @wraps(work)
     def together(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -117,7 +119,7 @@ def all_reduce_mean(
     dist.all_reduce(total)
     return total / world_size()
 
-# %% ../nbs/10_distributed.ipynb #62402d9f
+
 def all_reduce_max(
     value: int,  # what this process says
 ) -> int:  # the greatest of what they all say
@@ -131,8 +133,8 @@ def all_reduce_max(
 # %% ../nbs/10_distributed.ipynb #7d49284b
 def wrap(
     model: Any,  # a TransformerLM, the same in each process
-    fsdp: bool,  # let each process keep a part of weights, gradients and moments, instead of all
-) -> nn.Module:  # what to call instead of the model, so that gradients are averaged over the processes
+    fsdp: bool,  # each process keeps a part of the model, instead of all
+) -> nn.Module:  # what to call instead of the model, so that gradients are averaged
     """Let the processes train one model, by DDP or by FSDP.
 
     FSDP changes the parameters in place: make the optimizer afterwards.
@@ -148,17 +150,17 @@ def wrap(
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return model
 
-# %% ../nbs/10_distributed.ipynb #f3734af1
+
 def full_tensor(
     x: Tensor,  # perhaps a DTensor, of which each process keeps a shard
 ) -> Tensor:  # all of it
-    """Put together a tensor that is sharded over the processes; any other is whole already."""
+    """Put together a tensor that is sharded over the processes; others are whole."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
-# %% ../nbs/10_distributed.ipynb #6fdc4647
+
 def shard_like(
     x: Tensor,  # whole, the same in each process
-    like: Tensor,  # perhaps a DTensor, of which each process keeps a shard
+    like: Any,  # perhaps a DTensor, of which each process keeps a shard
 ) -> Tensor:  # x, on the device of `like` and sharded as it is
     """Share out a tensor over the processes in the way in which another one is."""
     x = x.to(like.device)
