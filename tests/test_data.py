@@ -138,7 +138,7 @@ def test_a_file_of_your_own(tmp_path, capsys):
     ("none.txt", None, "cannot read"),
     ("empty.txt", b"", "empty"),
     ("blank.txt", f"\n{END_OF_TEXT}\n \n".encode(), "0 documents"),
-    ("line.txt", b"one line, which cannot be cut", "1 documents, and nothing to hold out"),
+    ("line.txt", b"one line, which cannot be cut", "1 documents, nothing to hold out"),
     ("packed.txt", gzip.compress(b"a\nb"), "a gzip file"),
     ("model.txt", b"\x80\x02\0\0", "no text"),
     ("old.txt", "\ufeffa story".encode("utf-16-le"), "UTF-16; expected UTF-8"),
@@ -166,7 +166,7 @@ def test_bytes_that_are_not_utf8_are_told_and_u_fffd_itself_is_not(tmp_path, cap
     texts = [t.encode("latin-1") for t in ("a cafe", "un café", "thé")] + ["a \ufffd".encode(), b"end"]
     (tmp_path / "old.txt").write_bytes(END_OF_TEXT.encode().join(texts))
     paths = fetch_corpus(str(tmp_path / "old.txt"), tmp_path / "data")
-    assert "old.txt: 2 of 5 documents are not UTF-8; U+FFFD shows it\n" in capsys.readouterr().err
+    assert "old.txt: 2 of 5 documents are not UTF-8; see the U+FFFD\n" in capsys.readouterr().err
     assert list(read_documents(paths["train"])) == ["a cafe", "un caf\ufffd", "th\ufffd", "a \ufffd"]
     (tmp_path / "new.txt").write_bytes(END_OF_TEXT.encode().join(texts[3:]))
     fetch_corpus(str(tmp_path / "new.txt"), tmp_path / "data")
@@ -225,7 +225,7 @@ def test_a_tokenizer_that_we_did_not_make_is_not_replaced(config):
 
 def test_a_text_too_short_for_a_window_and_a_vocabulary_too_small(config, tmp_path):
     (tmp_path / "short.txt").write_text("Hello.\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"valid.bin: \d+ tokens are too few; one window needs 33: use more text"):
+    with pytest.raises(InputError, match=r"valid.bin: \d+ tokens: too few; one window needs 33: use more text"):
         prepare(changed(config, val_corpus=str(tmp_path / "short.txt")))
     with pytest.raises(InputError, match="257"):
         prepare(changed(config, vocab_size=256))

@@ -105,7 +105,7 @@ def _hold_out(path: Path) -> dict[str, Iterable[str]]:
     count = Counter(bool(re.search("[\udc80-\udcff]", text)) for text in texts)
     total, documents = count.total(), read_documents(path)
     if count[True]:
-        say(f"{path}: {count[True]} of {total} documents are not UTF-8; U+FFFD shows it")
+        say(f"{path}: {count[True]} of {total} documents are not UTF-8; see the U+FFFD")
     if total > 1:
         last = max(total // 20, 1)
         say(f"{path}: the last {last} of {total} documents are held out for validation")
@@ -113,7 +113,7 @@ def _hold_out(path: Path) -> dict[str, Iterable[str]]:
     text = next(documents, "")
     cut = text.rfind("\n", 0, len(text) - len(text) // 20)
     if cut < 0:
-        raise InputError(f"{path}: {total} documents, and nothing to hold out; separate "
+        raise InputError(f"{path}: {total} documents, nothing to hold out; separate "
                          f"documents by {END_OF_TEXT}, or give --val_corpus")
     say(f"{path}: the last {len(text) - cut:,} characters are held out for validation")
     return {"train": [text[:cut]], "valid": [text[cut + 1 :]]}
@@ -234,7 +234,7 @@ def prepare(
     for file in files:
         if file.count <= config.context_length:
             needed = f"one window needs {config.context_length + 1:,}: use more text"
-            raise InputError(f"{file.path}: {file.count:,} tokens are too few; {needed}")
+            raise InputError(f"{file.path}: {file.count:,} tokens: too few; {needed}")
     return tokenizer, *files
 
 # %% ../nbs/00_data.ipynb #2abb38a0
@@ -299,6 +299,6 @@ def fables_floor(
     Raises `InputError` when none fits, or when the grammar cannot tell one of them."""
     rows = cut_stories(tokens, tokenizer.special_tokens[END_OF_TEXT], context_length)
     if not rows:
-        raise InputError(f"no story fits into context_length {context_length}; raise it")
+        raise InputError(f"no story fits in context_length {context_length}: raise it")
     nats = -sum(fable_logprob(tokenizer.decode(row[1:-1]).strip()) for row in rows)
     return nats / sum(len(row) - 1 for row in rows)

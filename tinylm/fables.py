@@ -25,7 +25,7 @@ _OPTION = re.compile(r"(?:(\d+) )?([^|]+?)((?: \| .+)?)")  # weight words | key=
 
 def read_rules(
     text: str,  # a grammar in our notation
-) -> dict[str, list[tuple[int, str, dict]]]:  # rule -> weight, words, attributes of each
+) -> dict[str, list[tuple[int, str, dict]]]:  # rule -> weight, words, notes of each
     """Read the notation, without looking inside the options."""
     rules: dict[str, list] = {}
     for line in text.replace("\n    ", " ").split("\n"):
@@ -109,7 +109,7 @@ def compile_grammar(
     return grammar
 
 
-FABLES = compile_grammar(TEXT)
+FABLES = compile_grammar(TEXT)  # the grammar of this book
 
 # %% ../nbs/appendix_fables.ipynb #d16d1ef1
 def tell(
@@ -204,4 +204,4 @@ def fable_logprob(
     Raises `InputError` if the grammar cannot tell it."""
     for choices in parse(story, grammar):
         return -sum((choice.nats for choice in choices), 0.0)
-    raise InputError(f"{story[:40]!r}...: not a Fables story; tinylm.fables tells those")
+    raise InputError(f"{story[:40]!r}...: not a Fables story; tinylm.fables tells them")
