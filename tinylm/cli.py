@@ -414,7 +414,7 @@ def main(
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if "RANK" in os.environ:  # one of several processes
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # one of several processes
         from tinylm.distributed import only_rank0_speaks
 
         quiet = only_rank0_speaks()
@@ -445,7 +445,7 @@ def main(
 
 if __name__ == "__main__":
     code = main()
-    if "RANK" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         from tinylm.distributed import leave
 
         leave(code)

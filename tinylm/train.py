@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -333,13 +333,16 @@ def _open_folder(
     run_dir = Path(config.resume or config.run_dir or "").expanduser()
     if config.resume is not None:
         read_config(run_dir)  # it must be there
-    elif config.run_dir is None:
-        now, corpus = time.strftime("%Y-%m-%d-%H%M%S"), corpus_name(config.corpus)
-        new = Path("runs", f"{now}-{corpus}-{config.preset}")
-        others = (new.with_name(f"{new.name}-{i}") for i in itertools.count(2))
-        run_dir = next(p for p in itertools.chain([new], others) if not p.exists())
     tokenizer, train_file, valid_file = prepare(config)
     try:
+        if config.resume is None and config.run_dir is None:
+            now = time.strftime("%Y-%m-%d-%H%M%S")
+            new = f"runs/{now}-{corpus_name(config.corpus)}-{config.preset}"
+            for i in itertools.count(1):  # several runs may begin in the same second
+                run_dir = Path(f"{new}-{i}" if i > 1 else new)
+                with suppress(FileExistsError):
+                    run_dir.mkdir(parents=True)
+                    break
         run_dir.mkdir(parents=True, exist_ok=True)
         held.enter_context(FileLock(run_dir / ".lock", timeout=0))
     except Timeout as error:
@@ -371,7 +374,8 @@ def _open_folder(
             shutil.rmtree(folder, ignore_errors=True)  # by one that was killed
         return run_dir, train_file, valid_file, saved["data"]["floor"]
 
-    if {there.name for there in run_dir.iterdir()} - {".lock", "tokenizer"}:
+    ours_begun = ("tokenizer", ".")  # by one that was killed before it wrote its config
+    if any(not there.name.startswith(ours_begun) for there in run_dir.iterdir()):
         what = "there are files in it, and no run"
         raise InputError(f"{run_dir}: {what}; choose another --run_dir")
     try:
