@@ -765,10 +765,12 @@ def forecast(config: TrainConfig) -> str:
     return f"""\
 parameters  {num_parameters(config):,}
 tokens      {steps * tokens:,} in {steps:,} steps of {tokens:,}
-operations  {steps * flops:.3g}, at {flops / each / share / 1e9:,.0f} billion a second
+operations  {steps * flops:.3g}
 memory      {sum(memory.values()) / 1e9:.2f} GB beside what Python and PyTorch hold
   in MB     {parts}
-time        {seconds}, {each * share:.3g} seconds a step"""
+time        {seconds}, {each * share:.3g} seconds a step
+speed       {tokens / each / share:,.0f} tokens/s, \
+{flops / each / share / 1e9:,.0f} GFLOP/s"""
 
 # %% ../nbs/05_train.ipynb #5b7ae130
 def record_run(
