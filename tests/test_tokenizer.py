@@ -7,8 +7,7 @@ import json
 import os
 import subprocess
 import sys
-import time
-import warnings
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinylm import tokenizer as module
-from tinylm.core import END_OF_TEXT, InputError, file_sha256
+from tinylm.core import END_OF_TEXT, InputError
 from tinylm.kernels import count_pretokens
 from tinylm.tokenizer import PRETOKEN_PATTERN, TokenFile, Tokenizer, train_bpe, train_bpe_naive
 
@@ -75,13 +74,6 @@ def tiktoken_encoding(tokenizer):
 # --- training
 
 
-def train_in_pieces(monkeypatch, path, vocab_size, special, num_workers, block_size):
-    with monkeypatch.context() as patch:
-        in_pieces = functools.partial(count_pretokens, block_size=block_size)
-        patch.setattr("tinylm.tokenizer.count_pretokens", in_pieces)
-        return train_bpe(path, vocab_size, special, num_workers=num_workers)
-
-
 @pytest.mark.filterwarnings("ignore:.*no pair is left")
 @pytest.mark.parametrize("num_workers", [1, 2, 8])
 @given(text=TEXTS, block_size=st.integers(1, 50))
@@ -90,17 +82,9 @@ def test_any_workers_and_blocks_train_as_the_naive_one(text, block_size, num_wor
     path, text = tmp_path_factory.mktemp("blocks") / "x.txt", text.replace("\0", "")
     path.write_text("." + text, encoding="utf-8", newline="")
     with pytest.MonkeyPatch.context() as patch:
-        found = train_in_pieces(patch, path, 300, SPECIAL, num_workers, block_size)
+        patch.setattr(module, "count_pretokens", functools.partial(count_pretokens, block_size=block_size))
+        found = train_bpe(path, 300, SPECIAL, num_workers=num_workers)
     assert found == train_bpe_naive("." + text, 300, SPECIAL)
-
-
-@pytest.fixture(scope="session")
-def naive(corpus_path):
-    return train_bpe_naive(corpus_path.read_bytes().decode(), 500, SPECIAL)
-
-
-def test_trainer_equals_the_naive_one_on_a_file(corpus_path, naive):
-    assert train_bpe(corpus_path, 500, SPECIAL) == naive
 
 
 def test_gzip_and_crlf_are_read_as_they_are(corpus_path, tmp_path):
@@ -111,42 +95,13 @@ def test_gzip_and_crlf_are_read_as_they_are(corpus_path, tmp_path):
     assert train_bpe(packed, 257, [])[1] == [(b"\r", b"\n")]
 
 
-@pytest.mark.filterwarnings("ignore:.*no pair is left")
-def test_invalid_utf8_in_a_corpus_becomes_the_replacement_character(tokenizer, tmp_path, monkeypatch):
-    path = tmp_path / "broken.txt"
-    path.write_bytes(b"ab \xff\xfe cd \xf0\x9f end \xe2\x82")
-    text = path.read_bytes().decode("utf-8", "replace")
-    for block_size in (1, 1000):
-        assert train_in_pieces(monkeypatch, path, 300, [], 2, block_size) == train_bpe_naive(text, 300, [])
-    assert tokenizer.encode_file(path, tmp_path / "x").tokens().tolist() == tokenizer.encode(text)
-
-
-def test_a_corpus_of_special_tokens_alone_has_nothing_to_merge(tmp_path):
-    path = tmp_path / "special.txt"
-    path.write_text(END_OF_TEXT * 1000, encoding="utf-8")
-    with pytest.warns(UserWarning, match="no pair is left"):
-        assert train_bpe(path, 300, [END_OF_TEXT])[1] == []
-
-
 @pytest.mark.parametrize("vocab_size, special, said", [
     (-1, [END_OF_TEXT], "vocab_size -1: .* 257 or more"), (256, [END_OF_TEXT], "vocab_size 256"),
-    (300.5, [], "vocab_size"),
     (500, ["a"], "special token 'a'"), (500, [""], "special token"), (500, ["<|x|>"] * 2, "special token"),
-    (500, [b"<|x|>"], "special token"),
 ])
 def test_wishes_that_cannot_be_met(corpus_path, vocab_size, special, said):
     with pytest.raises(InputError, match=said):
         train_bpe(corpus_path, vocab_size, special)
-
-
-def test_a_bar_shows_bytes_and_merges(corpus_path, monkeypatch, tokenizer, tmp_path, capfd):
-    at_once = functools.partial(module.tqdm, mininterval=0)
-    monkeypatch.setattr(module, "tqdm", lambda *args, **how: at_once(*args, **{**how, "delay": 0}))
-    train_bpe(corpus_path, 500, SPECIAL)
-    tokenizer.encode_file(corpus_path, tmp_path / "x")
-    said = capfd.readouterr().err
-    for part in ("counting corpus.txt: 100%|", "encoding corpus.txt: 100%|", "merging: 100%|", "240/240"):
-        assert part in said
 
 
 def test_smallest_vocabulary_is_bytes_and_special_tokens(corpus_path):
@@ -158,11 +113,9 @@ def test_smallest_vocabulary_is_bytes_and_special_tokens(corpus_path):
 def test_unreachable_vocabulary_stops_early_and_warns_once(tmp_path):
     path = tmp_path / "small.txt"
     path.write_text("ab ab", encoding="utf-8")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with pytest.warns(UserWarning, match="259 tokens of 1000: no pair is left"):
         vocab, merges = train_bpe(path, 1000, [END_OF_TEXT])
     assert merges == [(b"a", b"b"), (b" ", b"ab")] and len(vocab) == 259
-    assert len(caught) == 1 and "1000" in str(caught[0].message) and "259" in str(caught[0].message)
 
 
 def test_files_that_cannot_be_read(tmp_path, tokenizer):
@@ -188,13 +141,11 @@ def test_decoding_any_bytes_replaces_what_is_broken(tokenizer, data):
     assert tokenizer.decode(data) == data.decode(errors="replace")
 
 
-@given(st.lists(st.one_of(st.integers(0xD800, 0xDFFF).map(chr), st.sampled_from("a \n🦊")), max_size=12))
-@example(["\ud83e", "\udd8a"])
-@example(["\ud83e", "\ud83e", "\udd8a", "\udd8a"])
-def test_surrogates_are_treated_as_tiktoken_treats_them(tokenizer, tiktoken_encoding, chunks):
-    ids = tokenizer.encode("".join(chunks))
-    assert ids == tiktoken_encoding.encode("".join(chunks), allowed_special="all")
-    assert list(tokenizer.encode_iterable(chunks)) == ids
+@given(st.text(st.one_of(st.characters(categories=["Cs"]), st.sampled_from("a \n🦊")), max_size=12))
+@example("\ud83e\udd8a")
+@example("\ud83e\ud83e\udd8a\udd8a")
+def test_surrogates_are_treated_as_tiktoken_treats_them(tokenizer, tiktoken_encoding, text):
+    assert tokenizer.encode(text) == tiktoken_encoding.encode(text, allowed_special="all")
 
 
 @given(TEXTS)
@@ -241,22 +192,6 @@ def test_a_file_of_any_bytes_gives_the_ids_of_its_text(tokenizer, data, tmp_path
         assert made.tokens().tolist() == expected
 
 
-ENDS = [f"{END_OF_TEXT}a b{END_OF_TEXT}", f"  {END_OF_TEXT}", f"{END_OF_TEXT}\n\n", f"{END_OF_TEXT * 3}x "]
-ENDS += [f"{END_OF_TEXT}\n a  {END_OF_TEXT}  b \n{END_OF_TEXT}", f"a x {END_OF_TEXT} x ", f"a'{END_OF_TEXT}'s"]
-
-
-@pytest.mark.filterwarnings("ignore:.*no pair is left")
-@pytest.mark.parametrize("text", ENDS)
-def test_special_tokens_at_the_ends_of_a_file_and_next_to_space(text, tokenizer, hugging_face, tmp_path, monkeypatch):
-    path = tmp_path / "x.txt"
-    path.write_text(text, encoding="utf-8", newline="")
-    made = tokenizer.encode_file(path, tmp_path / "x")
-    assert made.tokens().tolist() == tokenizer.encode(text) == hugging_face.encode(text).ids
-    for block_size in (1, 5, 100):
-        found = train_in_pieces(monkeypatch, path, 280, SPECIAL, 2, block_size)
-        assert found == train_bpe_naive(text, 280, SPECIAL)
-
-
 def test_streaming_takes_what_it_needs_and_no_more(tokenizer):
     taken = 0
 
@@ -271,57 +206,17 @@ def test_streaming_takes_what_it_needs_and_no_more(tokenizer):
     assert taken * len("Once upon a time. ") < 500_000
 
 
-LONG_FILE = """
-import re, sys
-from tinylm.tokenizer import Tokenizer
-tokenizer = Tokenizer({i: bytes([i]) for i in range(256)} | {256: b"he"}, [(b"h", b"e")])
-peaks = []
-for path in sys.argv[1:]:
-    count = tokenizer.encode_file(path, path + ".bin", num_workers=2).count
-    peaks.append(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
-print(count, peaks[1] - peaks[0])
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_memory_does_not_grow_with_the_file(tmp_path):
+def test_memory_does_not_grow_with_the_file(tokenizer, corpus_path, tmp_path):
     block = b"the weather in the hills is the same as ever, he said\n" * 20_000  # 1.1 MB
-    for name, repeats in (("short.txt.gz", 30), ("long.txt.gz", 150)):
-        with gzip.open(tmp_path / name, "wb", compresslevel=1) as file:
-            for _ in range(repeats):
-                file.write(block)
-    command = [sys.executable, "-c", LONG_FILE, str(tmp_path / "short.txt.gz"), str(tmp_path / "long.txt.gz")]
-    count, grown = map(int, subprocess.run(command, capture_output=True, check=True, timeout=300).stdout.split())
-    assert count == 150 * 20_000 * (len(block) // 20_000 - 5)
-    assert grown < 50_000_000  # the long text has 130 MB more; pieces in flight take their share
-
-
-@pytest.mark.parametrize("text", ["a" * 1_000_000, "ab12é🦊" * 170_000], ids=["one letter", "no space"])
-def test_a_megabyte_without_a_cut_is_bounded_in_time(tokenizer, text, tmp_path):
-    start = time.process_time()
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    chunks = (text[i : i + 1000] for i in range(0, 100_000, 1000))
-    assert list(tokenizer.encode_iterable(chunks)) == tokenizer.encode(text[:100_000])
-    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        train_bpe(tmp_path / "long.txt", 1000, [])
-    assert time.process_time() - start < 60  # a quadratic program would take hours
-
-
-def test_special_tokens_longest_first_and_only_if_declared(tokenizer, corpus_path):
-    one, two = tokenizer.special_tokens[END_OF_TEXT], tokenizer.special_tokens[END_OF_TEXT * 2]
-    assert tokenizer.encode(END_OF_TEXT * 3) == [two, one]
-    assert tokenizer.encode("a" + END_OF_TEXT + "a") == [97, one, 97]
-    plain = Tokenizer(*train_bpe(corpus_path, 400, []))
-    assert one not in plain.encode(END_OF_TEXT) and plain.decode(plain.encode(END_OF_TEXT)) == END_OF_TEXT
-
-
-def test_special_token_that_the_vocabulary_does_not_hold_gets_the_next_id(tokenizer):
-    more = Tokenizer(tokenizer.vocab, tokenizer.merges, [*SPECIAL, "<|new|>"])
-    assert more.encode("<|new|>") == [500] and more.vocab_size == 501
-    assert more.fingerprint != tokenizer.fingerprint
+    with gzip.open(tmp_path / "long.txt.gz", "wb", compresslevel=1) as file:
+        for _ in range(50):
+            file.write(block)
+    tokenizer.encode_file(corpus_path, tmp_path / "short", num_workers=1)  # compile, and make a cache
+    tracemalloc.start()
+    tokenizer.encode_file(tmp_path / "long.txt.gz", tmp_path / "long", num_workers=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6 < 50 * len(block)
 
 
 def test_ids_that_the_vocabulary_leaves_out():
@@ -331,43 +226,13 @@ def test_ids_that_the_vocabulary_leaves_out():
         gappy.decode([120, 299])
 
 
-@pytest.mark.parametrize("ids, said", [
-    ([65, -1], "id -1"), ([65, 500], "id 500"), ([10**9], "id 1000000000"), ([2**63], "id 9223372036854775808"),
-    ([104.7], "ids: expected whole"), (["a"], "ids: expected whole"), ([[1, 2]], "ids: expected whole"),
-    (np.array([1.0]), "ids: expected whole"), ([2**70], "ids: expected whole"), ([True, False], "ids: expected whole"),
-])
-def test_what_is_no_row_of_known_ids(tokenizer, ids, said):
-    with pytest.raises(InputError, match=said):
+@pytest.mark.parametrize("ids", [[65, -1], [65, 500], [10**9], [2**70], [104.7], ["a"], np.array([0.5])], ids=str)
+def test_ids_that_are_none(tokenizer, ids):
+    with pytest.raises(InputError, match="token id .*: not in the vocabulary"):
         tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("make, said", [
-    (lambda t: Tokenizer({}, []), "vocab"), (lambda t: Tokenizer({"a": 1}, []), "vocab"),
-    (lambda t: t.encode(b"abc"), "text"),
-    (lambda t: Tokenizer({**t.vocab, -1: b"xy"}, t.merges), "vocab"),
-    (lambda t: Tokenizer({i: x for i, x in t.vocab.items() if i != 7}, t.merges), "missing"),
-    (lambda t: Tokenizer({i: x for i, x in t.vocab.items() if i != 300}, t.merges), "missing"),
-    (lambda t: Tokenizer({**t.vocab, 1 << 21: b"!!"}, t.merges), "vocab"), (lambda t: t.encode(None), "text"),
-])
-def test_errors_name_the_argument(tokenizer, make, said):
-    with pytest.raises(InputError, match=said):
-        make(tokenizer)
-
-
-def test_numpy_ids_decode(tokenizer):
-    assert tokenizer.decode(np.array(tokenizer.encode("seen 🦊"), np.uint16)) == "seen 🦊"
-
-
 # --- files
-
-
-def test_save_and_load(tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "new" / "folder")
-    again = Tokenizer.load(tmp_path / "new" / "folder")
-    for name in ("vocab", "merges", "special_tokens", "fingerprint"):
-        assert getattr(again, name) == getattr(tokenizer, name)
-    assert Tokenizer.load(tmp_path / "new/folder/tokenizer.json").fingerprint == tokenizer.fingerprint
-    assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["tokenizer.json"]
 
 
 def test_load_reads_what_hugging_face_writes(tokenizer, hugging_face, tmp_path):
@@ -381,13 +246,13 @@ BEGIN = {"type": "TemplateProcessing", "single": [END, TEXT], "pair": [TEXT, TEX
 LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
 NO_EFFECT = [
     ("post_processor", LEVEL), ("post_processor", BEGIN), ("model.unk_token", END_OF_TEXT), ("model.fuse_unk", True),
-    ("post_processor", {"type": "Sequence", "processors": [LEVEL, BEGIN]}), ("model.byte_fallback", True),
+    ("model.byte_fallback", True),
     ("pre_tokenizer.trim_offsets", False), ("model.end_of_word_suffix", ""), ("model.dropout", None), ("decoder", None),
     ("added_tokens.0.special", False), ("model.continuing_subword_prefix", ""), ("normalizer", None),
 ]
 EFFECT = [
     ("normalizer", {"type": "NFC"}), ("normalizer", {"type": "Lowercase"}), ("model.dropout", 0.5),
-    ("model.type", "WordPiece"),
+    ("model.type", "WordPiece"), ("model.merges", [["a"]]),
     ("truncation", {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}), ("model", None),
     ("padding", {"strategy": {"Fixed": 9}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}),
     ("pre_tokenizer", {"type": "Whitespace"}), ("pre_tokenizer", None), ("pre_tokenizer.use_regex", False),
@@ -395,10 +260,10 @@ EFFECT = [
     ("model.ignore_merges", True), ("model.continuing_subword_prefix", "##"), ("model.end_of_word_suffix", "</w>"),
     ("added_tokens.0.lstrip", True), ("added_tokens.0.rstrip", True), ("added_tokens.0.single_word", True),
     ("added_tokens.0.normalized", True), ("added_tokens.0.id", 7), ("added_tokens.0.news", True), ("news", 1),
-    ("model.news", 1), ("pre_tokenizer.news", 1), ("decoder", {"type": "WordPiece", "prefix": "##", "cleanup": True}),
+    ("model.news", 1), ("pre_tokenizer.news", 1),
     ("post_processor", {**BEGIN, "single": [TEXT, END]}), ("post_processor", {**BEGIN, "single": [END, END, TEXT]}),
     ("post_processor", {"type": "BertProcessing", "sep": ["x", 1], "cls": ["y", 2]}), ("model.vocab", {"日": 1}),
-    ("post_processor", {"type": "Sequence", "processors": [{"type": "RobertaProcessing"}]}), ("model.merges", [["a"]]),
+    ("post_processor", {"type": "Sequence", "processors": [LEVEL, BEGIN]}),
 ]
 
 
@@ -426,13 +291,6 @@ def test_settings_with_an_effect_are_refused_by_name(tokenizer, tmp_path, settin
     path = write_changed(tokenizer, tmp_path, setting, value)
     name = setting.split(".")[-1] if value and setting not in ("model.vocab", "model.merges") else "tokenizer.json"
     with pytest.raises(InputError, match=name.replace("type", "WordPiece")):
-        Tokenizer.load(path)
-
-
-def test_the_same_merge_twice_is_refused(tokenizer, tmp_path):
-    first = [module.byte_chars(token) for token in tokenizer.merges[0]]
-    path = write_changed(tokenizer, tmp_path, "model.merges", [first, first])
-    with pytest.raises(InputError, match="merges"):
         Tokenizer.load(path)
 
 
@@ -501,36 +359,12 @@ def test_gpt2_equals_hugging_face_and_tiktoken_on_any_text(gpt2, gpt2_of_hugging
     assert ids == gpt2_of_hugging_face.encode(text).ids
 
 
-def test_gpt2_is_the_same_after_saving(gpt2, tmp_path):
-    gpt2.save(tmp_path)
-    assert Tokenizer.load(tmp_path).encode(CORPUS) == gpt2.encode(CORPUS)
-
-
-def test_from_files_refuses_broken_files(tmp_path, gpt2):
-    (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n", encoding="utf-8")
-    with pytest.raises(InputError, match="merges.txt"):
-        Tokenizer.from_files(SHARED / "gpt2" / "vocab.json", tmp_path / "merges.txt")
-    with pytest.raises(InputError, match="nothing.json"):
-        Tokenizer.from_files(tmp_path / "nothing.json", tmp_path / "merges.txt")
-
-
 # --- token files
 
 
 @pytest.fixture
 def token_file(tokenizer, corpus_path, tmp_path):
     return tokenizer.encode_file(corpus_path, tmp_path / "train.bin")
-
-
-def test_token_file_holds_the_ids(tokenizer, token_file, corpus_path):
-    text = corpus_path.read_bytes().decode()
-    assert token_file.tokens().tolist() == tokenizer.encode(text)
-    assert TokenFile.load(token_file.path) == TokenFile.load(token_file.path.with_suffix(".json")) == token_file
-    assert token_file.source == "corpus.txt" and token_file.sha256 == file_sha256(corpus_path)
-    assert token_file.path.stat().st_size == 2 * token_file.count and not token_file.tokens().flags.writeable
-    token_file.check(tokenizer)
-    fields = json.loads(token_file.path.with_suffix(".json").read_text(encoding="utf-8"))
-    assert set(fields) == {"dtype", "count", "vocab_size", "fingerprint", "source", "sha256"}
 
 
 def test_token_file_from_gzip(tokenizer, token_file, corpus_path, tmp_path):
@@ -550,11 +384,8 @@ def test_large_vocabularies_take_four_bytes(tmp_path, size, dtype):
     assert made.dtype == dtype and made.tokens().tolist() == [97, 98, 99]
 
 
-@pytest.mark.parametrize("content", [
-    "", '{"dtype"', "[]", "{}", "7", {"extra": 1}, {"dtype": "float16"}, {"dtype": None}, {"count": "many"},
-    {"count": None},
-    {"count": -1}, {"count": 0}, {"count": 5},
-], ids=str)
+@pytest.mark.parametrize("content", ["", '{"dtype"', "[]", "{}", "7", {"extra": 1}, {"dtype": None},
+                                     {"dtype": "float16"}, {"count": "many"}, {"count": -1}, {"count": 0}], ids=str)
 def test_token_file_with_a_damaged_description(token_file, content):
     path = token_file.path.with_suffix(".json")
     if isinstance(content, dict):
@@ -565,17 +396,13 @@ def test_token_file_with_a_damaged_description(token_file, content):
 
 
 def test_token_file_that_is_not_whole(token_file):
-    size = token_file.path.stat().st_size
-    for actual in (size - 1, size - 2, 0):
-        os.truncate(token_file.path, actual)
-        with pytest.raises(InputError, match=f"train.bin: unfinished .{actual} bytes"):
+    os.truncate(token_file.path, token_file.path.stat().st_size - 1)
+    with pytest.raises(InputError, match="train.bin: unfinished .* bytes"):
+        TokenFile.load(token_file.path)
+    for missing in (token_file.path, token_file.path.with_suffix(".json")):
+        missing.unlink()
+        with pytest.raises(InputError, match=missing.name):
             TokenFile.load(token_file.path)
-    token_file.path.unlink()
-    with pytest.raises(InputError, match="train.bin"):
-        TokenFile.load(token_file.path)
-    token_file.path.with_suffix(".json").unlink()
-    with pytest.raises(InputError, match="train.json"):
-        TokenFile.load(token_file.path)
 
 
 @pytest.mark.parametrize("source, target", [("x.bin", "x"), ("x.json", "x.bin"), ("x.json", "x")])
@@ -584,21 +411,6 @@ def test_a_text_is_never_overwritten_by_its_tokens(tokenizer, tmp_path, source, 
     with pytest.raises(InputError, match="would overwrite"):
         tokenizer.encode_file(tmp_path / source, tmp_path / target)
     assert (tmp_path / source).read_text(encoding="utf-8") == "words"
-
-
-def test_token_file_of_another_tokenizer(token_file, tokenizer, corpus_path):
-    other = Tokenizer(*train_bpe(corpus_path, 400, SPECIAL), SPECIAL)
-    expected = f"{token_file.fingerprint[:12]}, expected {other.fingerprint[:12]}"
-    with pytest.raises(InputError, match=expected):
-        token_file.check(other)
-
-
-def test_token_file_with_an_id_outside_the_vocabulary(token_file, tokenizer):
-    ids = np.fromfile(token_file.path, "<u2")
-    ids[-1] = 500
-    ids.tofile(token_file.path)
-    with pytest.raises(InputError, match="id 500, expected ids below 500"):
-        TokenFile.load(token_file.path).check(tokenizer)
 
 
 def test_failure_while_encoding_leaves_the_old_pair(tokenizer, token_file, corpus_path, tmp_path, monkeypatch):
@@ -651,10 +463,3 @@ def test_full_disk_leaves_nothing_half_written(tmp_path, limit):
     assert sorted(p.name for p in tmp_path.iterdir()) in (["x.txt"], ["x.bin", "x.txt"])
     with pytest.raises(InputError):
         TokenFile.load(tmp_path / "x.bin")
-
-
-def test_import_leaves_torch_alone():
-    code = "import tinylm.tokenizer, sys; assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-

@@ -74,8 +74,6 @@ def compiled(function: Callable, **options: Any) -> Callable:
     return dispatcher
 
 
-_compiled, _cores = compiled, cores  # until the others are merged
-
 # ---- cutting text into pretokens
 
 _LETTER, _NUMBER, _OTHER, _SPACE, _WHITE = range(5)  # white: whitespace other than the space

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,16 @@ from .core import file_sha256, open_text, read_json
 from .kernels import Decoder, Encoder, count_pretokens, merge_pairs
 
 # %% auto #0
-__all__ = ['Pair', 'PRETOKEN_PATTERN', 'count_pairs', 'merge_word', 'split_special', 'make_vocab', 'train_bpe_naive', 'train_bpe',
-           'ByteLevelBPE', 'byte_chars', 'Tokenizer', 'TokenFile']
+__all__ = ['Pair', 'PRETOKEN_PATTERN', 'count_pairs', 'merge_word', 'make_vocab', 'train_bpe_naive', 'train_bpe', 'ByteLevelBPE',
+           'byte_chars', 'Tokenizer', 'TokenFile']
 
 # %% ../nbs/00_tokenizer.ipynb #a4ec551a
 Pair = tuple[bytes, bytes]  # two neighboring tokens
 
-def count_pairs(
-    words: dict[tuple[bytes, ...], int],  # word, as its tokens -> how often it occurs
-) -> Counter[Pair]:
-    """Count every pair of neighbors, weighted by how often its word occurs."""
+def count_pairs(words: dict[tuple[bytes, ...], int]) -> Counter[Pair]:
+    """Count every pair of neighbors, weighted by how often its word occurs.
+
+    `words` maps a word, as its tokens, to how often it occurs."""
     pairs: Counter[Pair] = Counter()
     for word, count in words.items():
         for pair in zip(word, word[1:], strict=False):
@@ -60,7 +60,7 @@ PRETOKEN_PATTERN = (
 _find_pretokens = regex.compile(PRETOKEN_PATTERN).findall
 
 # %% ../nbs/00_tokenizer.ipynb #cf71476b
-def split_special(text: str, special_tokens: Iterable[str]) -> list[str]:
+def _split_special(text: str, special_tokens: Iterable[str]) -> list[str]:
     """Cut at special tokens, the longest first; they get the odd places."""
     names = "|".join(map(regex.escape, sorted(special_tokens, key=len, reverse=True)))
     return regex.split(f"({names})", text) if names else [text]
@@ -77,7 +77,7 @@ def train_bpe_naive(
     special_tokens: list[str],  # texts that no merge may touch
 ) -> tuple[dict[int, bytes], list[Pair]]:  # vocabulary (id -> bytes), merges in order
     """Train BPE as it is defined: count all pairs, merge the most frequent, again."""
-    parts = split_special(text, special_tokens)[::2]
+    parts = _split_special(text, special_tokens)[::2]
     counts = Counter(word.encode() for part in parts for word in _find_pretokens(part))
     words = {tuple(bytes([b]) for b in word): count for word, count in counts.items()}
     merges: list[Pair] = []
@@ -91,8 +91,7 @@ def train_bpe_naive(
 # %% ../nbs/00_tokenizer.ipynb #6215ae66
 def _check_special(special_tokens: list[str]) -> None:
     for name in special_tokens:
-        fits = isinstance(name, str) and len(name.encode()) > 1
-        if not fits or special_tokens.count(name) > 1:
+        if len(name.encode()) < 2 or special_tokens.count(name) > 1:
             raise InputError(f"special token {name!r}: expected once, 2 bytes or more")
 
 def _bar(what: str, path: Path) -> tqdm:
@@ -112,14 +111,13 @@ def train_bpe(
     that will not do."""
     _check_special(special_tokens)
     path, least = Path(input_path), 256 + len(special_tokens)
-    if vocab_size < least or vocab_size % 1:
+    if vocab_size < least:
         raise InputError(f"vocab_size {vocab_size}: too small, give {least} or more")
-    special = [name.encode() for name in special_tokens]
+    most, special = vocab_size - least, [name.encode() for name in special_tokens]
     with open_text(path) as stream, _bar("counting", path) as bar:
         how = {"num_workers": num_workers, "progress": bar.update}
         pretokens = count_pretokens(stream, special, **how)
     tokens, merges = [bytes([byte]) for byte in range(256)], []
-    most = int(vocab_size) - least
     with tqdm(total=most, desc="merging", unit=" merges", delay=0.5) as bar:
         for a, b in merge_pairs(pretokens, most, bar.update).tolist():
             merges.append((tokens[a], tokens[b]))
@@ -132,8 +130,6 @@ def train_bpe(
 # %% ../nbs/00_tokenizer.ipynb #utf80001
 def _utf8(text: str) -> bytes:
     """Encode; join surrogate pairs, and replace lone surrogates by U+FFFD."""
-    if not isinstance(text, str):
-        raise InputError(f"text: expected a string, found {type(text).__name__}")
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -151,25 +147,18 @@ class ByteLevelBPE:
         special_tokens: list[str] | None = None,  # one token wherever they stand
     ):
         _check_special(special_tokens or [])
-        if not all(isinstance(i, int) and 0 <= i < 1 << 21 for i in vocab):
-            raise InputError("vocab: expected ids from 0 to 2097151")
-        self.vocab, self.merges = dict(vocab), list(merges)
+        self.vocab, self.merges = dict(sorted(vocab.items())), list(merges)
         ids, special = {token: i for i, token in vocab.items()}, {}
         for name in special_tokens or []:
-            next_id = max(self.vocab, default=-1) + 1
-            special[name] = ids.get(name.encode(), next_id)
+            special[name] = ids.setdefault(name.encode(), max(self.vocab) + 1)
             self.vocab[special[name]] = name.encode()
         self.special_tokens = dict(sorted(special.items(), key=lambda item: item[1]))
-        ids = {self.vocab[i]: i for i in sorted(self.vocab, reverse=True)}
-        try:
-            byte_ids = [ids[bytes([byte])] for byte in range(256)]
-            pairs = [(ids[a], ids[b]) for a, b in merges]
-            made = [ids[a + b] for a, b in merges]
-        except KeyError as err:
-            raise InputError(f"vocab: a byte or merge is missing, {err}") from None
         self.vocab_size = max(self.vocab) + 1  # every id is below this
-        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        byte_ids = [ids[bytes([byte])] for byte in range(256)]
+        pairs = [(ids[a], ids[b]) for a, b in merges]
+        made = [ids[a + b] for a, b in merges]
         by_bytes = {name.encode(): i for name, i in special.items()}
+        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         self._encoder = Encoder(byte_ids, pairs, made, by_bytes, dtype)
         self._decoder = Decoder(self.vocab)
 
@@ -179,44 +168,29 @@ class ByteLevelBPE:
 
     def encode_iterable(self, chunks: Iterable[str]) -> Iterator[int]:
         """Encode a stream in constant memory; the ids do not depend on its cuts."""
-
-        def as_bytes() -> Iterator[bytes]:
-            half = ""  # the first half of a surrogate pair waits for the next chunk
-            for chunk in chunks:
-                text, half = half + chunk, ""
-                if "\ud800" <= text[-1:] <= "\udbff":
-                    text, half = text[:-1], text[-1]
-                yield _utf8(text)
-            yield _utf8(half)
-
-        for ids in self._encoder.encode_chunks(as_bytes(), block_size=1 << 14):
+        for ids in self._encoder.encode_chunks(map(_utf8, chunks), block_size=1 << 14):
             yield from ids.tolist()
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Turn ids into text; bytes that are not UTF-8 become U+FFFD.
 
-        Raises `InputError` for an unknown id, or for what is no row of ids."""
+        Raises `InputError` for an id that the vocabulary does not hold."""
         array = ids if isinstance(ids, np.ndarray) else np.array(list(ids))
-        if array.size and (array.dtype.kind not in "iu" or array.ndim != 1):
-            raise InputError(f"ids: expected whole numbers, found {array.dtype}")
-        size, whole = self.vocab_size, len(self.vocab) == self.vocab_size
-        if array.size and not (whole and 0 <= array.min() <= array.max() < size):
-            if unknown := [i for i in array.tolist() if i not in self.vocab]:
-                raise InputError(f"token id {unknown[0]}: not in the vocabulary")
+        if unknown := set(array.tolist()) - self.vocab.keys():
+            raise InputError(f"token id {unknown.pop()}: not in the vocabulary")
         return self._decoder.decode(array).decode(errors="replace")
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all that decides the ids: pattern, vocabulary, merges."""
-        vocab = [(i, self.vocab[i].hex()) for i in sorted(self.vocab)]
+        vocab = [(i, token.hex()) for i, token in self.vocab.items()]
         merges = [(a.hex(), b.hex()) for a, b in self.merges]
         whole = [PRETOKEN_PATTERN, vocab, merges, list(self.special_tokens.items())]
         return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
 # %% ../nbs/00_tokenizer.ipynb #1f35c091
-_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
-_CHARS = {byte: chr(byte) for byte in _VISIBLE}
+_HIDDEN = [byte for byte in range(256) if byte == 32 or not chr(byte).isprintable()]
+_CHARS = {byte: chr(byte) for byte in range(256)}
 _CHARS |= {byte: chr(256 + n) for n, byte in enumerate(_HIDDEN)}
 _BYTES = {char: byte for byte, char in _CHARS.items()}
 
@@ -227,14 +201,7 @@ def byte_chars(token: bytes) -> str:
 def _from_chars(chars: str) -> bytes:
     return bytes(_BYTES[char] for char in chars)
 
-# until the others are merged
-from numba.core.event import RecordingListener  # noqa: E402
-_to_chars = byte_chars
-_Announcement = lambda *rest: RecordingListener()  # noqa: E731
-
-def _from_names(
-    names: dict[str, int], rows: Iterable[Iterable[str]], special: Iterable[str]
-) -> tuple[dict[int, bytes], list[Pair]]:
+def _from_names(names: dict[str, int], rows: Iterable, special: Iterable[str]) -> tuple:
     """Read a vocabulary and merges in the byte-level alphabet."""
     as_is = {i: name.encode() for name, i in names.items() if name in special}
     vocab = {i: _from_chars(name) for name, i in names.items() if name not in special}
@@ -246,7 +213,7 @@ _ADDED = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 _ADDED |= {"special": True}
 
 # %% ../nbs/00_tokenizer.ipynb #5fa3cd6b
-def _read_tokenizer_json(path: Path) -> tuple[dict[int, bytes], list[Pair], list[str]]:
+def _read_tokenizer_json(path: Path) -> tuple:
     """Read vocabulary, merges and special tokens from Hugging Face's format.
 
     Raises `InputError` for any setting with which their library gives other ids."""
@@ -261,39 +228,28 @@ def _read_tokenizer_json(path: Path) -> tuple[dict[int, bytes], list[Pair], list
 
     path = path if path.suffix == ".json" else path / "tokenizer.json"
     whole, special = read_json(path), dict[str, int]()
-    try:
-        known = "version added_tokens pre_tokenizer post_processor decoder model"
-        need("the rest of it", asks(whole, known), {})
-        model, splitter = whole["model"], {**_BYTE_LEVEL, **whole["pre_tokenizer"]}
-        known = "vocab merges unk_token fuse_unk byte_fallback"  # every byte is a token
-        need("model", asks(model, known), {"type": "BPE"})
-        ours = _BYTE_LEVEL | {"trim_offsets": splitter["trim_offsets"]}
-        odd = {k: v for k, v in splitter.items() if v != ours.get(k)}
-        need("pre_tokenizer", odd, {})
-        need("decoder", (whole.get("decoder") or _BYTE_LEVEL)["type"], "ByteLevel")
-        after: dict[str, Any] = whole.get("post_processor") or {"type": "ByteLevel"}
-        for step in after["processors"] if after["type"] == "Sequence" else [after]:
-            if step["type"] != "ByteLevel":  # that moves offsets only
-                single = [pair for x in step.get("single", []) for pair in x.items()]
-                pieces = [(kind, piece["id"]) for kind, piece in single]
-                if pieces[:1] == [("SpecialToken", END_OF_TEXT)]:
-                    del pieces[0]  # how a text begins is left to the caller of `encode`
-                need("post_processor", pieces or step, [("Sequence", "A")])
-        for added in whole["added_tokens"]:
-            name, token = added["content"], f"added token {added['content']!r}"
-            need(token, asks(added, "id content normalized special"), {})
-            next_id = max([len(model["vocab"]) - 1, *special.values()]) + 1
-            special[name] = model["vocab"].get(name, next_id)  # what their library does
-            need(f"the id of {token}", added["id"], special[name])
-        kinds = sorted({bool(x.get("normalized")) for x in whole["added_tokens"]})
-        need("normalized of added tokens", kinds, kinds[:1])
-        rows = [x.split(" ") if isinstance(x, str) else x for x in model["merges"]]
-        need("model.merges", {len(row) for row in rows} - {2}, set())
-        vocab, merges = _from_names(model["vocab"] | special, rows, special)
-        need("the number of different merges", len(set(merges)), len(merges))
-        return vocab, merges, list(special)
-    except (KeyError, TypeError, AttributeError) as err:
-        raise InputError(f"{path}: not a byte-level BPE tokenizer ({err!r})") from err
+    known = "version added_tokens pre_tokenizer post_processor decoder model"
+    need("the rest of it", asks(whole, known), {})
+    model, known = whole["model"], "vocab merges unk_token fuse_unk byte_fallback"
+    need("model", asks(model, known), {"type": "BPE"})  # no byte is unknown to it
+    splitter = asks(_BYTE_LEVEL | whole["pre_tokenizer"], "trim_offsets")
+    need("pre_tokenizer", splitter, {"type": "ByteLevel", "use_regex": True})
+    after: dict[str, Any] = whole.get("post_processor") or _BYTE_LEVEL
+    if after["type"] != "ByteLevel":  # that moves offsets only
+        single = [(k, v["id"]) for x in after.get("single", []) for k, v in x.items()]
+        begin = [("SpecialToken", END_OF_TEXT)][: len(single) - 1]  # `encode` adds none
+        need("post_processor", single or after, [*begin, ("Sequence", "A")])
+    for added in whole["added_tokens"]:
+        name, token = added["content"], f"added token {added['content']!r}"
+        need(token, asks(added, "id content normalized special"), {})
+        next_id = max([len(model["vocab"]) - 1, *special.values()]) + 1
+        special[name] = model["vocab"].get(name, next_id)  # what their library does
+        need(f"the id of {token}", added["id"], special[name])
+    kinds = sorted({bool(x.get("normalized")) for x in whole["added_tokens"]})
+    need("normalized of added tokens", kinds, kinds[:1])
+    rows = [x.split(" ") if isinstance(x, str) else x for x in model["merges"]]
+    need("model.merges", {len(row) for row in rows} - {2}, set())
+    return *_from_names(model["vocab"] | special, rows, special), list(special)
 
 # %% ../nbs/00_tokenizer.ipynb #tok00002
 class Tokenizer(ByteLevelBPE):
@@ -303,12 +259,11 @@ class Tokenizer(ByteLevelBPE):
         """Write `tokenizer.json` in Hugging Face's format into the folder."""
         path = Path(folder) / "tokenizer.json"
         special = {i: name for name, i in self.special_tokens.items()}
-        ordered = sorted(self.vocab.items())
-        vocab = {special.get(i) or byte_chars(token): i for i, token in ordered}
-        if len(vocab) < len(self.vocab):
-            raise InputError(f"{path}: a special token has the name of another token")
+        names = {i: byte_chars(token) for i, token in self.vocab.items()} | special
+        vocab = {name: i for i, name in names.items()}
+        assert len(vocab) == len(names), "a special token has the name of another token"
         added = [{"id": i, "content": name, **_ADDED} for i, name in special.items()]
-        merges = [[byte_chars(a), byte_chars(b)] for a, b in self.merges]
+        merges = [[byte_chars(token) for token in pair] for pair in self.merges]
         whole = {"version": "1.0", "added_tokens": added, "pre_tokenizer": _BYTE_LEVEL}
         model = {"type": "BPE", "vocab": vocab, "merges": merges}
         with atomic_write(path, "w") as file:
@@ -321,7 +276,11 @@ class Tokenizer(ByteLevelBPE):
         """Read a `tokenizer.json`, or the one in a folder.
 
         Raises `InputError` if Hugging Face's library would give other ids."""
-        return cls(*_read_tokenizer_json(Path(path)))
+        try:
+            return cls(*_read_tokenizer_json(Path(path)))
+        except (KeyError, TypeError, AttributeError) as err:
+            what = "its tokenizer.json is no byte-level BPE tokenizer"
+            raise InputError(f"{path}: {what} ({err!r})") from err
 
     @classmethod
     def from_files(
@@ -331,14 +290,9 @@ class Tokenizer(ByteLevelBPE):
         special_tokens: list[str] | None = None,  # as above
     ) -> Tokenizer:  # gives the ids that GPT-2's own tokenizer gives
         """Read the two files in which GPT-2's tokenizer was published."""
-        names = read_json(vocab_path)
-        try:
-            lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
-            rows = [x.split() for x in lines if x.strip() and x[:8] != "#version"]
-            vocab, merges = _from_names(names, rows, special_tokens or [])
-        except (OSError, KeyError, ValueError, TypeError, AttributeError) as err:
-            wish = f"expected GPT-2's alphabet and two tokens a line, found {err!r}"
-            raise InputError(f"{vocab_path} and {merges_path}: {wish}") from err
+        lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
+        rows = [x.split() for x in lines if x.strip() and x[:8] != "#version"]
+        vocab, merges = _from_names(read_json(vocab_path), rows, special_tokens or [])
         return cls(vocab, merges, special_tokens)
 
     def encode_file(
@@ -363,16 +317,16 @@ class Tokenizer(ByteLevelBPE):
                     count += len(ids)
             file.flush()  # a full disk shows while the old pair is whole
             description.unlink(missing_ok=True)
-        dtype, made_by = self._encoder.dtype.name, (self.vocab_size, self.fingerprint)
-        made = TokenFile(path, dtype, count, *made_by, src.name, digest.result())
-        made.save()
+        kind, size, mark = self._encoder.dtype.name, self.vocab_size, self.fingerprint
+        made = TokenFile(path, kind, count, size, mark, src.name, digest.result())
+        fields = {name: value for name, value in vars(made).items() if name != "path"}
+        with atomic_write(description, "w") as out:
+            json.dump(fields, out, indent=1)
         return made
 
 # %% ../nbs/00_tokenizer.ipynb #372b9d4f
 def _bin_path(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    ours = path.suffix in (".bin", ".json")
-    return path.with_suffix(".bin") if ours else path.with_name(f"{path.name}.bin")
+    return Path(os.fspath(path).removesuffix(".json").removesuffix(".bin") + ".bin")
 
 @dataclass(frozen=True)
 class TokenFile:
@@ -395,30 +349,21 @@ class TokenFile:
             width, size = {"uint16": 2, "uint32": 4}[made.dtype], path.stat().st_size
             if size != made.count * width or size == 0:
                 raise TypeError(f"{size} bytes for {made.count} ids of {made.dtype}")
+            return made
         except (OSError, KeyError, TypeError) as err:
-            again = f"unfinished ({err}); encode the corpus again"
-            raise InputError(f"{path}: {again}") from err
-        return made
-
-    def save(self) -> None:
-        """Write the description, NAME.json."""
-        fields = {name: value for name, value in asdict(self).items() if name != "path"}
-        with atomic_write(self.path.with_suffix(".json"), "w") as file:
-            json.dump(fields, file, indent=1)
+            raise InputError(f"{path}: unfinished ({err}); encode it again") from err
 
     def tokens(self) -> np.memmap:  # (count,) uint16 or uint32, read-only
         """Map the ids into memory."""
-        kind = np.dtype(self.dtype).newbyteorder("<")
-        return np.memmap(self.path, kind, "r", shape=(self.count,))
+        return np.memmap(self.path, np.dtype(self.dtype).newbyteorder("<"), "r")
 
     def check(self, tokenizer: ByteLevelBPE) -> None:
         """Raise `InputError` unless this tokenizer made it and knows all of its ids."""
-        ids, step, fault = self.tokens(), 1 << 24, ""
-        largest = max(int(ids[i : i + step].max()) for i in range(0, len(ids), step))
-        if largest >= tokenizer.vocab_size:
-            fault = f"holds id {largest}, expected ids below {tokenizer.vocab_size}"
-        if self.fingerprint != tokenizer.fingerprint:
-            found, expected = self.fingerprint[:12], tokenizer.fingerprint[:12]
+        largest, size, fault = int(self.tokens().max()), tokenizer.vocab_size, ""
+        if largest >= size:
+            fault = f"holds id {largest}, expected ids below {size}"
+        found, expected = self.fingerprint[:12], tokenizer.fingerprint[:12]
+        if found != expected:
             fault = f"made by tokenizer {found}, expected {expected}"
         if fault:
             raise InputError(f"{self.path}: {fault}; encode the corpus again")
