@@ -20,7 +20,8 @@ import tinylm.optim
 import tinylm.rope
 import tinylm.train
 from tinylm.ablations import BASE, SWEEPS, Plan, Result, _Processes, by_group, compare_run, load_plans
-from tinylm.ablations import paired_difference, plot_forest, results_table, run_name, run_plan, run_sweep, search_results, variants
+from tinylm.ablations import paired_difference, plot_forest, results_table, run_name, run_plan, run_sweep
+from tinylm.ablations import search_results, variants
 from tinylm.data import END_OF_TEXT, InputError, fables
 from tinylm.train import PRESETS, prepare, read_metrics, train
 

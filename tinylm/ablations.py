@@ -229,9 +229,10 @@ def plot_search(results: Sequence[Result], axis: Any, ceiling: float = math.inf)
         axis.plot(r.lr, min(r.loss, top), **style | mark)
     for variant in dict.fromkeys(r.variant for r in results):
         curve = [g for g in sorted(by_group(results).items()) if g[0][0] == variant]
-        means = [min(np.mean(list(losses.values())), top) for _, losses in curve]
+        means = np.array([np.mean(list(losses.values())) for _, losses in curve])
+        line = np.where(means <= top, means, np.nan)
         style = LOOKS.get(variant, LOOKS["other"]) | {"markevery": []}
-        axis.plot([lr for (_, lr), _ in curve], means, **style, label=variant)
+        axis.plot([lr for (_, lr), _ in curve], line, **style, label=variant)
     axis.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats)")
     axis.legend()
     return axis
@@ -502,6 +503,8 @@ class _Processes(ThreadPoolExecutor):
         self.threads = max(1, cores() // jobs)
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call `fn` in a new process, which imports it from its module."""
+
         def in_process() -> Any:
             spawn, threads = get_context("spawn"), (self.threads,)
             with ProcessPoolExecutor(1, spawn, torch.set_num_threads, threads) as pool:
