@@ -77,7 +77,7 @@ def test_resume_wants_a_run_that_is_there(config, tmp_path):
     assert not (tmp_path / "nothing").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(InputError, match="there are files in it, and no run"):
+    with pytest.raises(InputError, match="it holds files, and no run"):
         train(replace(config, run_dir=str(tmp_path / "full")))
     assert set(os.listdir(tmp_path / "full")) <= {"thesis.txt", ".lock"}
 

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import tinylm
@@ -333,7 +332,8 @@ def _probe(model: TransformerLM, tokens: np.ndarray) -> dict[str, Any]:
     means = []
     for rows in map(torch.from_numpy, (plain, mixed)):
         logits = torch.cat([longer(part[:, :-1]) for part in rows.split(8)])
-        losses = F.cross_entropy(logits.mT, rows[:, 1:], reduction="none")
+        right = logits.log_softmax(-1).gather(-1, rows[:, 1:, None])
+        losses = -right.squeeze(-1)
         means.append(losses.mean(0).numpy())
     return {
         "loss_by_position": [float(x.mean()) for x in np.array_split(means[0], 16)],

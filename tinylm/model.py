@@ -209,7 +209,7 @@ class TransformerLM(nn.Module):
             if isinstance(part, (Embedding, Linear, RMSNorm)):
                 digest = hashlib.sha256(f"{seed}/{name}.weight".encode()).digest()
                 own_seed = int.from_bytes(digest[:8], "big") >> 1
-                part.weight = nn.Parameter(torch.empty_like(part.weight, device="cpu"))
+                part.weight = nn.Parameter(torch.empty(part.weight.shape))
                 part.reset_parameters(torch.Generator().manual_seed(own_seed))
 
     def forward(

@@ -346,8 +346,7 @@ def _open_folder(
         run_dir.mkdir(parents=True, exist_ok=True)
         held.enter_context(FileLock(run_dir / ".lock", timeout=0))
     except Timeout as error:
-        what = "in use by another process"
-        raise InputError(f"{run_dir}: {what}; stop it first, or wait") from error
+        raise InputError(f"{run_dir}: in use by another process") from error
     except OSError as error:
         raise cannot_write(run_dir, error) from error
 
@@ -368,16 +367,14 @@ def _open_folder(
                            ("valid_sha256", "validation text")]:
             if saved["data"].get(name) != data[name]:
                 what = f"its {what} has changed since it began"
-                advice = "bring that back, or start a new run"
-                raise InputError(f"{run_dir}: {what}; {advice}")
+                raise InputError(f"{run_dir}: {what}; bring that back, or start anew")
         for folder in Path(run_dir, "checkpoints").glob(".*.tmp"):
             shutil.rmtree(folder, ignore_errors=True)  # by one that was killed
         return run_dir, train_file, valid_file, saved["data"]["floor"]
 
     ours_begun = ("tokenizer", ".")  # by one that was killed before it wrote its config
     if any(not there.name.startswith(ours_begun) for there in run_dir.iterdir()):
-        what = "there are files in it, and no run"
-        raise InputError(f"{run_dir}: {what}; choose another --run_dir")
+        raise InputError(f"{run_dir}: it holds files, and no run; take another --run_dir")
     try:
         floor = fables_floor(valid_file.tokens(), tokenizer, config.context_length)
     except InputError:  # it is another text
