@@ -15,19 +15,15 @@ usage: tinylm VERB [OPTIONS]
 Begin with `tinylm train`, then `tinylm generate`.
 `tinylm VERB --help` shows the options of a verb; `tinylm --version` the version."""
 import contextlib
-import difflib
 import io
 import math
 import os
 import re
 import secrets
 import sys
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -37,12 +33,8 @@ from tinylm.core import END_OF_TEXT, InputError, say
 
 # torch takes seconds to load, so whatever needs it is imported inside the verbs
 
-Flags = TypeVar("Flags")  # a dataclass whose fields are the flags of a verb
 
-
-def read_flags(
-    kind: type[Flags], argv: Sequence[str], verb: str, default: Flags | None = None, *, some: bool = False
-) -> Flags:
+def _read(kind: Any, verb: str, argv: list[str], default: Any = None, some: bool = False) -> Any:
     """Let tyro fill a dataclass with arguments; with `some`, those that are no flags of it are left alone.
 
     Raises InputError for what tyro or the dataclass refuses, and for values that no one can mean; SystemExit(0) after
@@ -56,7 +48,7 @@ def read_flags(
         if isinstance(end.__context__, InputError):  # the dataclass says it better
             raise end.__context__ from None
         if not end.code:
-            print("\n".join(line.rstrip() for line in words.getvalue().splitlines()))
+            print(words.getvalue().rstrip())
             raise
         title, *parts = (" ".join(part.split()) for part in re.split("(?m)^ +-{9,} *$", words.getvalue()))
         said = [re.sub("^Argument helptext:", "expected", part).rstrip(".") for part in parts if "full helptext" not in part]
@@ -69,15 +61,14 @@ def read_flags(
     for name, value in vars(flags).items():
         if isinstance(value, float) and not math.isfinite(value) or isinstance(value, int) and abs(value) >= 1 << 63:
             raise InputError(f"--{name} is {value}; expected an ordinary number; see `tinylm {verb} --help`")
-    homes = {name: os.path.expanduser(value) for name, value in vars(flags).items() if str(value).startswith("~/")}
-    return replace(flags, **homes)
+    return flags
 
 
-def newest_run(folder: str = "runs") -> Path:
-    """Find the run under `folder` whose checkpoint is the newest."""
-    checkpoints = list(Path(folder).glob("*/checkpoints/step-*/state.json"))
+def _newest_run() -> Path:
+    """Find the run under runs/ whose checkpoint is the newest."""
+    checkpoints = list(Path("runs").glob("*/checkpoints/step-*/state.json"))
     if not checkpoints:
-        raise InputError(f"no run under {Path(folder).resolve()}; make one with `tinylm train`, or name one")
+        raise InputError(f"no run under {Path('runs').resolve()}; make one with `tinylm train`, or name one")
     return max(checkpoints, key=lambda path: path.stat().st_mtime_ns).parents[2]
 
 
@@ -85,7 +76,7 @@ def newest_run(folder: str = "runs") -> Path:
 
 
 @dataclass(frozen=True)
-class Data:
+class _Data:
     """Make or fetch a corpus, then show its sizes and its first story.
 
     Next: `tinylm tokenize --corpus NAME`, or `tinylm train --corpus NAME` at once."""
@@ -95,21 +86,18 @@ class Data:
     val_corpus: str | None = None  # validation text for a corpus given by path; None holds out its last documents
     data_dir: str = "data"  # folder that keeps the corpora
 
-    def run(self) -> int:
+    def run(self) -> None:
         from tinylm.data import fetch_corpus, read_documents
 
         paths = fetch_corpus(self.corpus or self.name, folder=self.data_dir, val_corpus=self.val_corpus)
         for split, path in paths.items():
-            size = path.stat().st_size
-            count = f"{sum(1 for _ in read_documents(path)):,} documents" if size < 1e9 else "not counted"
-            print(f"{split:5}  {size / 1e6:,.1f} MB  {count:>18}  {path}")
+            print(f"{split:5}  {path.stat().st_size / 1e6:10,.1f} MB  {path}")
         first = next(iter(read_documents(paths["train"])), "")
         print(f"\nThe first document:\n\n{first[:1000]}{' ...' * (len(first) > 1000)}")
-        return 0
 
 
 @dataclass(frozen=True)
-class Tokenize:
+class _Tokenize:
     """Train a tokenizer on a corpus and encode it, or reuse what fits; tell how well it compresses.
 
     Next: `tinylm train` with the same flags."""
@@ -119,35 +107,28 @@ class Tokenize:
     vocab_size: int = 1024  # number of token ids: 256 bytes, merges, and <|endoftext|>
     data_dir: str = "data"  # folder that keeps corpora, tokenizers and token files
 
-    def run(self) -> int:
-        import numpy as np
-
+    def run(self) -> None:
         from tinylm.train import PRESETS, prepare
 
-        began = time.time()
         tokenizer, *files = prepare(replace(PRESETS["laptop"], context_length=1, **vars(self)))
-        lengths = np.array([len(tokenizer.vocab.get(i, b"")) for i in range(tokenizer.vocab_size)])
         for file in files:
-            tokens = file.tokens()
-            num_bytes = sum(int(lengths[tokens[i:i + 2**20]].sum()) for i in range(0, file.count, 2**20))
-            reused = " (was there already)" * (file.path.stat().st_mtime < began)
-            print(f"{file.path}: {file.count:,} tokens, {num_bytes / max(1, file.count):.2f} bytes per token{reused}")
+            sample = file.tokens()[:2**20]
+            ratio = len(tokenizer.decode(sample).encode()) / len(sample)
+            print(f"{file.path}: {file.count:,} tokens, {ratio:.2f} bytes per token")
         words = sorted((token for token in tokenizer.vocab.values() if token != END_OF_TEXT.encode()), key=len)
         print("longest tokens:", ", ".join(repr(token.decode("utf-8", "replace")) for token in words[:-9:-1]))
         print(f"{tokenizer.vocab_size:,} token ids; fingerprint {tokenizer.fingerprint[:12]}")
-        print(f"{time.time() - began:.1f} seconds")
-        return 0
 
 
 @dataclass(frozen=True)
-class Base:
+class _Base:
     """What decides the defaults of the other flags."""
 
     preset: str = ""
     resume: str = ""
 
 
-def tell(model: Any, tokenizer: Any, step: int) -> str:
+def _tell(model: Any, tokenizer: Any, step: int) -> str:
     """Let a model tell the beginning of a story; always the same draws, so that stories compare over time."""
     from tinylm.generate import start_ids, stream, stream_text
 
@@ -156,7 +137,7 @@ def tell(model: Any, tokenizer: Any, step: int) -> str:
     return next((story.strip() for story in stories if story.strip()), "")
 
 
-def train_flags(argv: Sequence[str]) -> tuple[Any, bool]:
+def _train_flags(argv: list[str]) -> tuple[Any, bool]:
     """Read the flags of `train`: the config that they make, and whether only a forecast is wanted."""
     from tinylm.train import PRESETS, TrainConfig, read_config
 
@@ -173,36 +154,28 @@ def train_flags(argv: Sequence[str]) -> tuple[Any, bool]:
         resume: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None  # go on with this run
         plan: bool = False  # only forecast size, memory and time on this machine; train nothing
 
-    base = read_flags(Base, argv, "train", some=True)
+    base = _read(_Base, "train", argv, some=True)
     default = read_config(Path(base.resume)) if base.resume else PRESETS.get(base.preset, PRESETS["laptop"])
-    flags = vars(read_flags(Train, argv, "train", Train(**vars(default))))
+    flags = vars(_read(Train, "train", argv, Train(**vars(default))))
     if base.resume:
         flags |= {"run_dir": base.resume, "resume": base.resume}
     return TrainConfig(**{field.name: flags[field.name] for field in fields(TrainConfig)}), flags["plan"]
 
 
-def intent(config: Any) -> str:
-    """Say in a line what is about to be trained."""
-    from tinylm.model import num_parameters
-    from tinylm.train import PRESETS
-
-    free = {"corpus", "val_corpus", "data_dir", "run_dir", "device", "resume"}
-    changed = {name for name, _ in vars(config).items() - vars(PRESETS[config.preset]).items()} - free
-    tokens = config.last_step * config.batch_size * config.context_length
-    return (f"training {num_parameters(config):,} parameters on {config.corpus}: {config.last_step:,} steps, {tokens:,}"
-            f" tokens (preset {config.preset}{f', {len(changed)} of its settings changed' * bool(changed)})")
-
-
-def train(argv: Sequence[str]) -> int:
+def _train(verb: str, argv: list[str]) -> int:
     """Run `train`; exit code 3 says that the loss stopped being finite."""
-    config, plan = train_flags(argv)
+    config, plan = _train_flags(argv)
     from tinylm import train as book
+    from tinylm.model import num_parameters
 
-    print(book.forecast(config) if plan else intent(config), flush=True)
     if plan:
+        print(book.forecast(config))
         return 0
+    tokens = config.last_step * config.batch_size * config.context_length
+    size = f"{num_parameters(config):,} parameters on {config.corpus}"
+    print(f"training {size}: {config.last_step:,} steps, {tokens:,} tokens", flush=True)
     try:
-        run = book.train(config, on_eval=tell)
+        run = book.train(config, on_eval=_tell)
     except book.Diverged as err:
         say(f"tinylm: {err}")
         return 3
@@ -210,15 +183,15 @@ def train(argv: Sequence[str]) -> int:
     return 0
 
 
-def sweep(verb: str, argv: Sequence[str]) -> int:
+def _sweep(verb: str, argv: list[str]) -> int:
     """Run `search` or `ablate`; exit code 1 says that a run left no record."""
     from tinylm.ablations import SWEEPS, SweepConfig, run_sweep
     from tinylm.train import PRESETS
 
-    base = read_flags(Base, argv, verb, some=True)
-    default = replace(SWEEPS[verb], **vars(PRESETS[base.preset])) if base.preset in PRESETS else SWEEPS[verb]
-    flags = read_flags(SweepConfig, argv, verb, default)
-    changed = {name for name, value in vars(flags).items() if value != getattr(default, name)}
+    base = _read(_Base, verb, argv, some=True)
+    default = replace(SWEEPS[verb], **vars(PRESETS.get(base.preset, SWEEPS[verb])))
+    flags = _read(SweepConfig, verb, argv, default)
+    changed = {name for name, _ in vars(flags).items() - vars(default).items()}
     changed -= {"plan", "corpus", "val_corpus", "data_dir", "device", "jobs", "out"}
     if flags.plan is not None and changed:
         raise InputError(f"--{min(changed)} cannot change a plan; edit {flags.plan} instead")
@@ -231,7 +204,7 @@ def sweep(verb: str, argv: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
-class Generate:
+class _Generate:
     """Tell stories with a trained model, written as they come.
 
     RUN is the folder of a run; without it, the newest one under runs/ is taken. PROMPT is how the story begins; without
@@ -248,7 +221,7 @@ class Generate:
     device: str = "auto"  # cpu, cuda, mps, or auto for the best one there is
     interactive: Annotated[bool, tyro.conf.arg(aliases=["-i"])] = False  # ask for one prompt after the other
 
-    def run(self) -> int:
+    def run(self) -> None:
         if self.num < 1:
             raise InputError(f"--num is {self.num}; expected at least 1")
         if sys.stdout is None or self.interactive and sys.stdin is None:
@@ -256,10 +229,7 @@ class Generate:
         is_run = os.path.isfile(os.path.join(self.run_dir, "config.json"))  # False for a prompt too long for a path
         if self.prompt and not is_run:
             raise InputError(f"no run at {self.run_dir}; expected a folder that `tinylm train` made, then the prompt")
-        if os.sep in self.run_dir and not is_run and not re.search(r"\s", self.run_dir):
-            say(f"tinylm: {self.run_dir} is no run, so the story begins with it")
-        run = Path(self.run_dir) if is_run else newest_run()
-        prompt = self.prompt if is_run else self.run_dir
+        run, prompt = (Path(self.run_dir), self.prompt) if is_run else (_newest_run(), self.run_dir)
         from tinylm.train import load_run
 
         model, tokenizer, _ = load_run(run, self.device)
@@ -267,7 +237,7 @@ class Generate:
         say(f"{run}, seed {seed}")
         if not self.interactive:
             self.tell(model, tokenizer, prompt, seed)
-            return 0
+            return
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() line editing and a history)
         if isinstance(sys.stdin, io.TextIOWrapper):
@@ -277,27 +247,18 @@ class Generate:
             while True:
                 self.tell(model, tokenizer, prompt or input("> "), seed)
                 prompt, seed = "", seed + self.num
-        return 0
 
     def tell(self, model: Any, tokenizer: Any, prompt: str, seed: int) -> None:
         """Write the stories to standard output as they come; story r is that of seed + r."""
         from tinylm.generate import start_ids, stream, stream_text
 
-        begin, most = start_ids(tokenizer, prompt), model.config.context_length
-        if len(begin) > most:
-            say(f"tinylm: the prompt has {len(begin)} tokens; the model reads the last {most} of them")
         for r in range(self.num):
-            ids = stream(model, begin, self.max_new_tokens, temperature=self.temperature, top_k=self.top_k,
-                         top_p=self.top_p, stop_id=tokenizer.special_tokens.get(END_OF_TEXT), seed=seed + r)
+            ids = stream(model, start_ids(tokenizer, prompt), self.max_new_tokens, temperature=self.temperature,
+                         top_k=self.top_k, top_p=self.top_p, stop_id=tokenizer.special_tokens.get(END_OF_TEXT), seed=seed + r)
             print("\n" * (r > 0) + prompt, end="", flush=True)
-            told = prompt
             for piece in stream_text(tokenizer, ids):
                 print(piece, end="", flush=True)
-                told += piece
-            if not told.endswith("\n"):
-                print(flush=True)
-            if told == prompt and self.max_new_tokens > 0:
-                say("tinylm: the model ended the story at once; it may need a longer training")
+            print(flush=True)
 
 
 READ = {  # format -> (default name, how to read it)
@@ -310,7 +271,7 @@ READ = {  # format -> (default name, how to read it)
 
 
 @dataclass(frozen=True)
-class Export:
+class _Export:
     """Write a trained model in the format of another tool, and say how to read it there.
 
     RUN is the folder of a run; without it, the newest one under runs/ is taken."""
@@ -319,20 +280,19 @@ class Export:
     format: Literal["hf", "tiktoken", "llama2c", "gguf", "onnx"] = "hf"  # hf is a Hugging Face folder
     out: str | None = None  # the file or folder to make; None puts it into RUN/export/
 
-    def run(self) -> int:
-        run = Path(self.run_dir or newest_run())
+    def run(self) -> None:
+        run = Path(self.run_dir or _newest_run())
         from tinylm import export
         from tinylm.train import load_run
 
         name, how = READ[self.format]
-        out, is_table = Path(self.out or run / "export" / name), self.format == "tiktoken"
-        getattr(export, f"to_{self.format}")(load_run(run)[1] if is_table else run, out)
+        out = Path(self.out or run / "export" / name)
+        getattr(export, f"to_{self.format}")(load_run(run)[1] if self.format == "tiktoken" else run, out)
         print(f"{out}\n\nTo read it:\n\n    {how.format(out=out)}\n")
-        return 0
 
 
 @dataclass(frozen=True)
-class Compare:
+class _Compare:
     """Hold a run of a standard preset against the reference runs: is it right? If not, the exit code is 1.
 
     RUN is the folder of a run, finished or not, or a record; without it, the newest run under runs/ is taken."""
@@ -342,20 +302,26 @@ class Compare:
     def run(self) -> int:
         from tinylm.ablations import compare_run
 
+<<<<<<< HEAD
         right, text = compare_run(self.run_dir or newest_run())
         print(text)
         return 0 if right else 1
+=======
+        verdict = compare_run(self.run_dir or _newest_run())
+        print(verdict.text)
+        return int(not verdict.right)
+>>>>>>> cli
 
 
 @dataclass(frozen=True)
-class Check:
+class _Check:
     """Compare your own part with the book's and hear the first thing that differs; then the exit code is 1.
 
     `tinylm check RMSNorm > my.py` writes a stub to fill in, and `tinylm check RMSNorm=my.py` checks it;
     `RMSNorm=my.py:MyNorm` if it has another name there."""
 
     parts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME[=FILE.py[:OBJECT]]")] = ()  # NAME for a stub, or NAME=FILE.py
-    train: bool = False  # also train a small model with your parts, and one with the book's
+    train: bool = False  # if they pass, also train a small model with your parts, and one with the book's
     time_limit: float = 30.0  # seconds that one case, or one training step, may take
 
     def run(self) -> int:
@@ -369,50 +335,45 @@ class Check:
             print(stub(*stubs), end="")
         files: dict[str, list[str]] = {}
         for part in self.parts:
-            name, is_file, place = part.partition("=")
-            path, _, answer = place.rpartition(":")  # a file may have a colon of its own
-            if is_file and path and answer.isidentifier():
-                files.setdefault(os.path.expanduser(path), []).append(f"{name}:{answer}")
-            elif is_file:
-                files.setdefault(os.path.expanduser(place), []).append(name)
+            if found := re.fullmatch(r"(.*?)=(.*?)(:\w+)?", part):
+                files.setdefault(found[2], []).append(found[1] + (found[3] or ""))
         wrong = sum(check_file(path, names, self.time_limit) for path, names in files.items())
-        if self.train and wrong:
-            say("tinylm: no training with a part that does not pass its check")
-        elif self.train:
+        if self.train and not wrong:
             wrong = sum(train_with(path, names, self.time_limit) for path, names in files.items())
         return min(wrong, 1)
 
 
-VERBS: dict[str, Any] = {  # a dataclass of flags that runs, or a function of the arguments
-    "data": Data, "tokenize": Tokenize, "train": train, "generate": Generate, "search": partial(sweep, "search"),
-    "ablate": partial(sweep, "ablate"), "compare": Compare, "export": Export, "check": Check,
+VERBS: dict[str, Any] = {  # a dataclass of flags that runs, or a function of the verb and its arguments
+    "data": _Data, "tokenize": _Tokenize, "train": _train, "generate": _Generate, "search": _sweep, "ablate": _sweep,
+    "compare": _Compare, "export": _Export, "check": _Check,
 }
 
 
-def dispatch(argv: Sequence[str]) -> int:
-    """Do what the arguments say."""
-    name = argv[0] if argv else "--help"
-    if name in VERBS:
-        verb = VERBS[name]
-        return read_flags(verb, argv[1:], name).run() if isinstance(verb, type) else verb(argv[1:])
-    if name == "--version":
+def _dispatch(argv: list[str]) -> int:
+    """Do what the arguments say; a verb that returns nothing has ended well."""
+    verb, *rest = argv or ["--help"]
+    rest = ["=".join(map(os.path.expanduser, word.split("=", 1))) for word in rest]  # the shell leaves ~ after =
+    if verb in VERBS:
+        kind = VERBS[verb]
+        return (_read(kind, verb, rest).run() if isinstance(kind, type) else kind(verb, rest)) or 0
+    if verb == "--version":
         print(f"tinylm {__version__}")
-    elif name in ("-h", "--help", "help"):
+    elif verb in ("-h", "--help", "help"):
         print(f"tinylm {__version__}: a language model from scratch\n{(__doc__ or '').partition(chr(10))[2]}")
     else:
-        near = [f"did you mean {verb}? " for verb in difflib.get_close_matches(name, VERBS, n=1)]
-        raise InputError(f"unknown verb {name!r}; {''.join(near)}see `tinylm --help`")
+        raise InputError(f"unknown verb {verb!r}; there are {', '.join(VERBS)}; see `tinylm --help`")
     return 0
 
 
 def main(
-    argv: Sequence[str] | None = None,  # the arguments; None takes those of the process
+    argv: list[str] | None = None,  # the arguments; None takes those of the process
 ) -> int:  # exit code: 0 well, 1 a run that differs, 2 a mistake to mend, 3 diverged, 130, 141, 143 a signal
     """Run the `tinylm` command; each failure that is expected becomes a line and an exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the letter shows a question mark
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+<<<<<<< HEAD
     quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # one of several processes
         from tinylm.distributed import only_rank0_speaks
@@ -440,13 +401,42 @@ def main(
         except KeyboardInterrupt as err:
             message, code = str(err) or "interrupted", getattr(err, "exit_code", 130)
         say(f"tinylm: {message}")
+=======
+    try:
+        code = _dispatch(sys.argv[1:] if argv is None else argv)
+        print(end="", flush=True)  # a closed pipe shows here, not when Python ends
+>>>>>>> cli
         return code
+    except SystemExit as end:  # tyro has shown the help
+        return int(end.code or 0)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds a place
+        return 141
+    except ModuleNotFoundError as err:
+        message, code = f"this needs the package {err.name}; install it with `pip install {err.name}`", 2
+    except (InputError, OSError) as err:
+        message, code = " ".join(str(err).split()), 2
+    except (MemoryError, RuntimeError) as err:
+        if not isinstance(err, MemoryError) and not re.search("out of memory|allocate memory", str(err)):
+            raise
+        message, code = "out of memory; try a smaller --batch_size, or see what `tinylm train --plan` foresees", 2
+    except KeyboardInterrupt as err:
+        message, code = str(err) or "interrupted", getattr(err, "exit_code", 130)
+    say(f"tinylm: {message}")
+    return code
 
 
 if __name__ == "__main__":
+<<<<<<< HEAD
     code = main()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from tinylm.distributed import leave
+=======
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        sys.exit(main())
+    from tinylm.distributed import leave, only_rank0_speaks  # one of the processes that torchrun started
+>>>>>>> cli
 
-        leave(code)
-    sys.exit(code)
+    with only_rank0_speaks():
+        code = main()
+    leave(code)

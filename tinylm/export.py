@@ -7,20 +7,17 @@ __all__ = ['to_half_split', 'to_interleaved', 'to_hf', 'from_hf', 'to_llama2c', 
 
 # %% ../nbs/08_export.ipynb #8ecf1faf
 import base64
-from contextlib import closing, contextmanager
-import importlib
 import json
 import logging
 import re
 import struct
 import warnings
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -56,6 +53,7 @@ _SIZES = {
     "rope_theta": ("rope_theta", "rope_freq_base"),
 }
 _HF, _GGUF = 0, 1  # the columns
+_PAIRED = ("q_proj.weight", "k_proj.weight")  # whose rows RoPE turns in pairs
 
 # %% ../nbs/08_export.ipynb #0b86ecef
 def _translate(name: str, column: int) -> str:
@@ -81,24 +79,22 @@ def to_interleaved(
     return weight.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 # %% ../nbs/08_export.ipynb #b60f3d76
-def _load_llama(run: Any, what: str) -> tuple[TransformerLM, Tokenizer, TrainConfig]:
+def _load_llama(run: Any) -> tuple[TransformerLM, Tokenizer, TrainConfig]:
     """Load a run; raises InputError, naming the field, if it is no Llama."""
     model, tokenizer, config = load_run(run)
     for field in fields(ModelConfig):
         found = getattr(config, field.name)
         if field.name not in _SIZES and found != field.default:
-            raise InputError(f"{run}: {what} cannot hold this model: its {field.name} "
-                             f"is {found!r}, and a Llama's is {field.default!r}")
+            raise InputError(f"{run}: this format holds Llamas alone, and the model's "
+                             f"{field.name} is {found!r}, not {field.default!r}")
     return model, tokenizer, config
 
 # %% ../nbs/08_export.ipynb #8da0803a
-@contextmanager
-def _new(target: str | Path, mode: str = "wb") -> Iterator[Any]:
-    """Write a file or folder as `atomic_write` does; raises InputError if it exists."""
+def _new(target: str | Path) -> Path:
+    """Make sure that a file or folder does not exist; raises InputError if it does."""
     if Path(target).exists():
         raise InputError(f"{target} is there already; choose another place")
-    with atomic_write(target, mode) as out:
-        yield out
+    return Path(target)
 
 # %% ../nbs/08_export.ipynb #b3b1c06f
 def to_hf(
@@ -110,12 +106,11 @@ def to_hf(
     Its tokenizer begins each text with `<|endoftext|>`, as `generate.start_ids` does.
 
     Raises InputError for a variant that is no Llama, and if the folder exists."""
-    model, tokenizer, config = _load_llama(run, "a Hugging Face folder")
-    end = tokenizer.special_tokens.get(END_OF_TEXT)
-    name = None if end is None else END_OF_TEXT
-    weights = {_translate(name, _HF): w for name, w in model.state_dict().items()}
+    model, tokenizer, config = _load_llama(run)
+    name, end = END_OF_TEXT, tokenizer.special_tokens[END_OF_TEXT]
+    weights = {_translate(ours, _HF): w for ours, w in model.state_dict().items()}
     for theirs in weights:
-        if theirs.endswith(("q_proj.weight", "k_proj.weight")):
+        if theirs.endswith(_PAIRED):
             weights[theirs] = to_half_split(weights[theirs], config.num_heads)
     described = {n[_HF]: getattr(config, ours) for ours, n in _SIZES.items()} | {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
@@ -125,21 +120,19 @@ def to_hf(
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
     }
     wrapped = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": name,
+        "eos_token": name, "add_bos_token": True,
         "model_max_length": config.context_length,
-        "bos_token": name, "eos_token": name, "add_bos_token": end is not None,
     }
-    with _new(folder, "dir") as out:
+    begin = {"SpecialToken": {"id": name, "type_id": 0}}
+    a, b = ({"Sequence": {"id": text, "type_id": 0}} for text in "AB")
+    template = {
+        "type": "TemplateProcessing", "single": [begin, a], "pair": [begin, a, b],
+        "special_tokens": {name: {"id": name, "ids": [end], "tokens": [name]}},
+    }
+    with atomic_write(_new(folder), "dir") as out:
         tokenizer.save(out)
-        whole = read_json(out / "tokenizer.json")
-        if end is not None:
-            begin = {"SpecialToken": {"id": name, "type_id": 0}}
-            a, b = ({"Sequence": {"id": text, "type_id": 0}} for text in "AB")
-            whole["post_processor"] = {
-                "type": "TemplateProcessing",
-                "single": [begin, a], "pair": [begin, a, b],
-                "special_tokens": {name: {"id": name, "ids": [end], "tokens": [name]}},
-            }
+        whole = read_json(out / "tokenizer.json") | {"post_processor": template}
         for file, content in [("config", described), ("tokenizer", whole),
                               ("tokenizer_config", wrapped)]:
             (out / f"{file}.json").write_text(json.dumps(content, indent=1))
@@ -156,19 +149,16 @@ def from_hf(
     model.safetensors, else of the files that its index names.
     A head that is tied to the embedding becomes a copy of it.
 
-    Raises InputError for anything that TransformerLM could not compute alike."""
-    path, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+    Raises InputError for a setting that TransformerLM could not compute alike, and
+    RuntimeError for a tensor that is missing, of another shape, or not expected."""
+    path = Path(folder) / "config.json"
     theirs = read_json(path)
-    try:
-        rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
-        theirs = {"rope_theta": 10_000.0} | theirs | rope
-        config = ModelConfig(**{ours: theirs[n[_HF]] for ours, n in _SIZES.items()})
-        heads, eps = config.num_heads, theirs["rms_norm_eps"]
-    except (AttributeError, KeyError, TypeError, ValueError) as err:
-        raise InputError(f"{path}: not the description of a Llama ({err!r})") from err
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
+    theirs = {"rope_theta": 10_000.0} | theirs | rope
+    heads = theirs.get("num_attention_heads", 1)
     needed = {
         "model_type": "llama", "hidden_act": "silu", "num_key_value_heads": heads,
-        "head_dim": config.d_model // heads, "attention_bias": False,
+        "head_dim": theirs.get("hidden_size", 0) // heads, "attention_bias": False,
         "mlp_bias": False, "rope_type": "default", "type": "default",
         "partial_rotary_factor": 1,
     }
@@ -176,31 +166,24 @@ def from_hf(
         if theirs.get(field) not in (None, value):
             raise InputError(f"{path}: {field} is {theirs[field]!r}, and TransformerLM "
                              f"can only be built for {value!r}")
-    try:
-        files = {weights.name}
-        if not weights.is_file():
-            index = read_json(weights.with_name("model.safetensors.index.json"))
-            files = set(index["weight_map"].values())
-        tensors = [load_file(weights.with_name(file)) for file in sorted(files)]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as err:
-        raise InputError(f"{folder}: neither a whole model.safetensors nor an index of "
-                         f"whole files ({err}); copy the folder again") from err
-    found = {name: w for part in tensors for name, w in part.items()
-             if not name.endswith("rotary_emb.inv_freq")}
-    model = TransformerLM(config)
-    expected = {_translate(name, _HF): w for name, w in model.state_dict().items()}
-    if theirs.get("tie_word_embeddings") and "model.embed_tokens.weight" in found:
+    files = {"model.safetensors"}
+    if not path.with_name("model.safetensors").exists():
+        index = read_json(path.with_name("model.safetensors.index.json"))
+        files = set(index["weight_map"].values())
+    found: dict[str, Tensor] = {}
+    for file in files:
+        found |= load_file(path.with_name(file))
+    if theirs.get("tie_word_embeddings"):
         found["lm_head.weight"] = found["model.embed_tokens.weight"]
-    for name in sorted(found.keys() | expected.keys()):
-        have, want = (getattr(w.get(name), "shape", None) for w in (found, expected))
-        if have != want:
-            raise InputError(f"{folder}: {name} has shape {have}, expected {want}")
-    for name, weight in expected.items():
-        is_paired = name.endswith(("q_proj.weight", "k_proj.weight"))
-        weight.copy_(to_interleaved(found[name], heads) if is_paired else found[name])
+    model = TransformerLM(
+        ModelConfig(**{ours: theirs[n[_HF]] for ours, n in _SIZES.items()}))
+    names = {_translate(ours, _HF): ours for ours in model.state_dict()}
+    model.load_state_dict({
+        names.get(name, name): to_interleaved(w, heads) if name.endswith(_PAIRED) else w
+        for name, w in found.items() if not name.endswith("rotary_emb.inv_freq")})
     for module in model.modules():
         if isinstance(module, RMSNorm):
-            module.eps = eps
+            module.eps = theirs["rms_norm_eps"]
     return model
 
 # %% ../nbs/08_export.ipynb #a2faa54b
@@ -212,10 +195,9 @@ def to_llama2c(
 
     Raises InputError for a variant that is no Llama, a `rope_theta` other than 10,000,
     and if a file exists."""
-    model, tokenizer, config = _load_llama(run, "a llama2.c file")
+    model, tokenizer, config = _load_llama(run)
     if config.rope_theta != 10_000:
-        raise InputError(f"{run}: a llama2.c file cannot hold this model: its "
-                         f"rope_theta is {config.rope_theta}, run.c takes 10000")
+        raise InputError(f"{run}: rope_theta is {config.rope_theta}, run.c takes 10000")
     layers: Any = model.layers
     parts: list[Any] = [model.token_embeddings.weight]
     for name in ("ln1", "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj",
@@ -228,7 +210,8 @@ def to_llama2c(
     scores = {a + b: -float(rank) for rank, (a, b) in enumerate(tokenizer.merges)}
     scores |= {bytes([b]): 0.0 for b in range(256)}
     tokens = [tokenizer.vocab.get(i, b"[PAD%d]" % i) for i in range(config.vocab_size)]
-    with _new(Path(file).with_name("tokenizer.bin")) as vocabulary, _new(file) as out:
+    beside = _new(Path(file).with_name("tokenizer.bin"))
+    with atomic_write(beside) as vocabulary, atomic_write(_new(file)) as out:
         vocabulary.write(struct.pack("<i", max(map(len, tokens))))
         for token in tokens:
             vocabulary.write(struct.pack("<fi", scores.get(token, -1e10), len(token)))
@@ -238,15 +221,6 @@ def to_llama2c(
             out.write(part.detach().numpy().astype("<f4").tobytes())
     return Path(file)
 
-# %% ../nbs/08_export.ipynb #fc45600f
-def _package(name: str) -> Any:
-    """Import an optional package; raises InputError if it is missing."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as err:
-        raise InputError(f"this format needs the package {name}; install it with "
-                         f"`pip install {name}`") from err
-
 # %% ../nbs/08_export.ipynb #4fc1d330
 def to_gguf(
     run: str | Path,  # the folder of a run
@@ -254,11 +228,12 @@ def to_gguf(
 ) -> Path:  # that file
     """Write model and tokenizer as one float32 GGUF file of the `llama` architecture.
 
-    Raises InputError for a variant that is no Llama, if the package gguf is missing,
-    and if the file exists."""
-    gguf = _package("gguf")
-    model, tokenizer, config = _load_llama(run, "a GGUF file")
-    end, kind = tokenizer.special_tokens.get(END_OF_TEXT), gguf.TokenType
+    Needs the package gguf. Raises InputError for a variant that is no Llama, and if the
+    file exists."""
+    import gguf
+
+    model, tokenizer, config = _load_llama(run)
+    end, kind = tokenizer.special_tokens[END_OF_TEXT], gguf.TokenType
     tokens = [(f"[PAD{i}]", kind.UNUSED) for i in range(config.vocab_size)]
     for i, token in tokenizer.vocab.items():
         tokens[i] = (byte_chars(token), kind.NORMAL)
@@ -272,9 +247,10 @@ def to_gguf(
         "token_list": [token for token, _ in tokens],
         "token_types": [kind for _, kind in tokens],
         "token_merges": [" ".join(map(byte_chars, pair)) for pair in tokenizer.merges],
-        "add_bos_token": end is not None,
-    } | ({} if end is None else {"bos_token_id": end, "eos_token_id": end})
-    with _new(file) as out, closing(gguf.GGUFWriter(out.name, "llama")) as writer:
+        "add_bos_token": True, "bos_token_id": end, "eos_token_id": end,
+    }
+    with (atomic_write(_new(file)) as out,
+          closing(gguf.GGUFWriter(out.name, "llama")) as writer):
         for field, value in described.items():
             getattr(writer, f"add_{field}")(value)
         for name, weight in model.state_dict().items():
@@ -294,22 +270,21 @@ def to_tiktoken(
     Special tokens are only seen where they are allowed:
     `encode(text, allowed_special="all")`.
 
-    Raises InputError for ids in another order than the merges, if the package tiktoken
-    is missing, and if the file exists."""
+    Needs the package tiktoken. Raises InputError for ids in another order than the
+    merges, and if the file exists."""
+    import tiktoken
+
     special = tokenizer.special_tokens
     ranks = {t: i for i, t in tokenizer.vocab.items() if i not in special.values()}
     made = [ranks[a + b] for a, b in tokenizer.merges]
-    if made != sorted(set(made)) or len(ranks) + len(special) != len(tokenizer.vocab):
-        raise InputError("tiktoken merges in the order of the ids, and the ids of this "
-                         "tokenizer have another order")
-    encoding = _package("tiktoken").Encoding(
-        "tinylm", pat_str=PRETOKEN_PATTERN, mergeable_ranks=ranks,
-        special_tokens=special)
+    if made != sorted(ranks.values())[256:]:
+        raise InputError("tiktoken needs ids in the order of the merges")
     if file is not None:
-        with _new(file) as out:
+        with atomic_write(_new(file)) as out:
             for token, rank in ranks.items():
                 out.write(b"%s %d\n" % (base64.b64encode(token), rank))
-    return encoding
+    return tiktoken.Encoding("tinylm", pat_str=PRETOKEN_PATTERN,
+                             mergeable_ranks=ranks, special_tokens=special)
 
 # %% ../nbs/08_export.ipynb #196f6616
 def to_onnx(
@@ -318,24 +293,19 @@ def to_onnx(
 ) -> Path:  # that file
     """Write the model as an ONNX graph: `token_ids` (batch, length) in, `logits` out.
 
-    Takes every variant. Raises InputError if onnx or onnxscript is missing, and if the
-    file exists."""
-    for name in ("onnx", "onnxscript"):
-        _package(name)
+    Takes every variant. Needs the packages onnx and onnxscript. Raises InputError if
+    the file exists."""
     model, _, config = load_run(run)
     example = torch.zeros(2, min(2, config.context_length), dtype=torch.long)
-    sizes = {0: torch.export.Dim("batch")}
-    if config.context_length > 1:
-        sizes[1] = torch.export.Dim("length", max=config.context_length)
-    with _new(file) as out, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter talks about its own insides
-        logging.disable(logging.WARNING)
+    anything = torch.export.Dim.AUTO
+    with atomic_write(_new(file)) as out, warnings.catch_warnings(action="ignore"):
+        logging.disable(logging.WARNING)  # the exporter talks about its own insides
         try:
-            graph = torch.onnx.export(
+            graph: Any = torch.onnx.export(
                 model, (example,), dynamo=True, verbose=False,
                 input_names=["token_ids"], output_names=["logits"],
-                dynamic_shapes={"token_ids": sizes})
+                dynamic_shapes={"token_ids": (anything, anything)})
         finally:
             logging.disable(logging.NOTSET)
-        out.write(graph.model_proto.SerializeToString())  # type: ignore[union-attr]
+        out.write(graph.model_proto.SerializeToString())
     return Path(file)
