@@ -32,7 +32,8 @@ def undocumented(source: str) -> list[str]:
     found = []
     for node in ast.parse(source).body:
         methods = [n for n in node.body if isinstance(n, ast.FunctionDef)] if isinstance(node, ast.ClassDef) else []
-        named = [node, *methods] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+        is_public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        named = [node, *methods] if is_public else []
         found += [n.name for n in named if not n.name.startswith("_") and not ast.get_docstring(n)]
     return found
 

@@ -349,7 +349,7 @@ def training_curve(answers: Mapping[str, Any], on_step: Callable[[str], object] 
     def clip(params: Iterable[Tensor], limit: float) -> Tensor:
         return torch.as_tensor(use["clip_grad_norm"](params, limit))
 
-    with (patch.multiple(model, softmax=use["softmax"], causal_attention=attend, RotaryPositionalEmbedding=use["RoPE"]),
+    with (patch.multiple(model, softmax=use["softmax"], _causal_attention=attend, RotaryPositionalEmbedding=use["RoPE"]),
           patch.multiple(train, cross_entropy=use["cross_entropy"], cosine_lr=use["cosine_lr"], clip_grad_norm=clip),
           suppress(train.Diverged)):
         lm = model.TransformerLM(config, seed=config.seed)

@@ -302,15 +302,9 @@ class _Compare:
     def run(self) -> int:
         from tinylm.ablations import compare_run
 
-<<<<<<< HEAD
-        right, text = compare_run(self.run_dir or newest_run())
+        right, text = compare_run(self.run_dir or _newest_run())
         print(text)
-        return 0 if right else 1
-=======
-        verdict = compare_run(self.run_dir or _newest_run())
-        print(verdict.text)
-        return int(not verdict.right)
->>>>>>> cli
+        return int(not right)
 
 
 @dataclass(frozen=True)
@@ -373,39 +367,9 @@ def main(
         sys.stdout.reconfigure(errors="replace")  # a terminal without the letter shows a question mark
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-<<<<<<< HEAD
-    quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # one of several processes
-        from tinylm.distributed import only_rank0_speaks
-
-        quiet = only_rank0_speaks()
-    with quiet:
-        try:
-            code = dispatch(sys.argv[1:] if argv is None else list(argv))
-            if sys.stdout is not None:
-                sys.stdout.flush()
-            return code
-        except SystemExit as end:  # tyro has shown the help
-            return int(end.code or 0)
-        except InputError as err:
-            message, code = " ".join(str(err).split()), 2
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds a place
-            return 141
-        except OSError as err:
-            message, code = f"{err.filename}: " * bool(err.filename) + (err.strerror or str(err)), 2
-        except (MemoryError, RuntimeError) as err:
-            if not isinstance(err, MemoryError) and not re.search("out of memory|allocate memory", str(err)):
-                raise
-            message, code = "out of memory; try a smaller --batch_size, or see what `tinylm train --plan` foresees", 2
-        except KeyboardInterrupt as err:
-            message, code = str(err) or "interrupted", getattr(err, "exit_code", 130)
-        say(f"tinylm: {message}")
-=======
     try:
         code = _dispatch(sys.argv[1:] if argv is None else argv)
         print(end="", flush=True)  # a closed pipe shows here, not when Python ends
->>>>>>> cli
         return code
     except SystemExit as end:  # tyro has shown the help
         return int(end.code or 0)
@@ -427,15 +391,9 @@ def main(
 
 
 if __name__ == "__main__":
-<<<<<<< HEAD
-    code = main()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        from tinylm.distributed import leave
-=======
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         sys.exit(main())
     from tinylm.distributed import leave, only_rank0_speaks  # one of the processes that torchrun started
->>>>>>> cli
 
     with only_rank0_speaks():
         code = main()

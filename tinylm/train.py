@@ -374,7 +374,7 @@ def _open_folder(
 
     ours_begun = ("tokenizer", ".")  # by one that was killed before it wrote its config
     if any(not there.name.startswith(ours_begun) for there in run_dir.iterdir()):
-        raise InputError(f"{run_dir}: it holds files, and no run; take another --run_dir")
+        raise InputError(f"{run_dir}: it holds files, and no run; choose another")
     try:
         floor = fables_floor(valid_file.tokens(), tokenizer, config.context_length)
     except InputError:  # it is another text
