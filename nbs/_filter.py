@@ -38,12 +38,13 @@ def modules(notebook: dict) -> list[ModuleType]:
     "The modules that a notebook exports to: its own (`#| default_exp`), then others (`#| export NAME`); maybe none."
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     names = re.findall(r"^#\|\s*default_exp +(\w+)", code, re.MULTILINE)
-    names += re.findall(r"^#\|\s*exports? +(\w+)", code, re.MULTILINE)
+    names += re.findall(r"^#\|\s*export(?:s|_to)? +(\w+)", code, re.MULTILINE)
     return [importlib.import_module(f"{get_config().lib_name}.{name}") for name in dict.fromkeys(names)]
 
 
 def fold(source: str) -> str:
     "Show exported code: open if it says `#| exports`, closed if it says `#| export`, where nbdev would drop it."
+    source = re.sub(r"^#\|\s*export_to +\w+\n", "#| exports\n", source)  # see _export.py
     found = re.match(r"#\|\s*export([is]?)\b(.*)\n", source)
     if not found:
         return source

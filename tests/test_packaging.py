@@ -19,7 +19,7 @@ from tinylm import cli
 from tinylm.train import load_run
 
 owners_of = cache(packages_distributions)  # module -> the distributions that bring it
-OPTIONAL = {"distributed", "wandb"}  # a flag asks for them, and a line says so where they are missing
+OPTIONAL = {"distributed", "gguf", "onnxscript", "tiktoken", "wandb"}  # a line says so where one is missing
 
 
 def run(*command: str, **options) -> subprocess.CompletedProcess:

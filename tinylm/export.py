@@ -295,6 +295,8 @@ def to_onnx(
 
     Takes every variant. Needs the packages onnx and onnxscript. Raises InputError if
     the file exists."""
+    import onnxscript  # noqa: F401  (torch.onnx needs it, and says so late)
+
     model, _, config = load_run(run)
     example = torch.zeros(2, min(2, config.context_length), dtype=torch.long)
     anything = torch.export.Dim.AUTO
