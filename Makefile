@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test book export lab docs bench ablations references clean
+.PHONY: help demo test book export lab docs bench ablations references model clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## / \t/'
@@ -64,6 +64,10 @@ references: .venv/run  ## train anew the runs that tinylm compare knows (half an
 	$(BIN)/tinylm search --preset debug --lrs 0.02 --seeds 0,1,2,3,4 --out $(FRESH)/bands
 	$(BIN)/tinylm search --preset laptop --lrs 0.01 --seeds 0,1,2,3,4 --out $(FRESH)/bands
 	$(BIN)/python -c "from tinylm.ablations import write_references as w; w('$(FRESH)/bands', '$(FRESH)/bands.json')"
+
+model: .venv/run  ## train anew the small model that comes with the package (about ten minutes)
+	$(BIN)/tinylm train --preset fast --cosine_cycle_iters 4000 --run_dir runs/model
+	$(BIN)/python -c "from tinylm.train import SHIPPED, record_run, save_int8; save_int8('runs/model', SHIPPED); record_run('runs/model', 'data/results/recipe/shipped.json')"
 
 clean:  ## remove everything that was built, .venv included
 	rm -rf .venv _docs _proc .quarto build dist *.egg-info runs

@@ -715,6 +715,7 @@ def save_int8(run_dir: str | Path, path: str | Path) -> None:
             tensors[name] = (w / scale).round().to(torch.int8)
             tensors[f"{name}.scale"] = scale
     ids = {token: i for i, token in tokenizer.vocab.items()}
+    config = replace(config, run_dir=None, data_dir="data")  # no paths of ours
     about = {"config": asdict(config), "special_tokens": [*tokenizer.special_tokens],
              "merges": [(ids[a], ids[b]) for a, b in tokenizer.merges]}
     with atomic_write(path) as file:
