@@ -67,7 +67,7 @@ references: .venv/run  ## train anew the runs that tinylm compare knows (half an
 
 model: .venv/run  ## train anew the small model that comes with the package (about ten minutes)
 	$(BIN)/tinylm train --preset fast --cosine_cycle_iters 4000 --run_dir runs/model
-	$(BIN)/python -c "from tinylm.train import SHIPPED, record_run, save_int8; save_int8('runs/model', SHIPPED); record_run('runs/model', 'data/results/recipe/shipped.json')"
+	$(BIN)/python -c "from tinylm.train import SHIPPED, save_int8 as s; s('runs/model', SHIPPED)"
 
 clean:  ## remove everything that was built, .venv included
 	rm -rf .venv _docs _proc .quarto build dist *.egg-info runs
