@@ -169,8 +169,8 @@ PRESETS = {  # what `--preset` begins with
         log_every=10, eval_every=200, eval_windows=64, checkpoint_every=200),
     "reference": TrainConfig()}
 PRESETS["fast"] = replace(  # the recipe of chapter 12, at the size of `laptop`
-    PRESETS["laptop"], preset="fast", num_heads=4, optimizer="muon", schedule="linear",
-    min_lr=0.0, windows="stories")
+    PRESETS["laptop"], preset="fast", num_heads=4, qk_norm=True, optimizer="muon",
+    schedule="linear", min_lr=0.0, windows="stories")
 
 
 # What may change when a run goes on: it has no effect on what is learned.
