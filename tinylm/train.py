@@ -261,8 +261,10 @@ def _check_machine(config: TrainConfig) -> tuple[str, dict[str, int]]:
         (config.fsdp and processes == 1, "fsdp is for several processes; "
          "start them with torchrun"),
         (restarts and not config.run_dir, "torchrun --max-restarts needs --run_dir"),
-        (config.compile and no_compiler, f"compile needs a C++ compiler: {COMPILERS}"),
-        (show != "none" and not importlib.util.find_spec(show), f"pip install {show}"),
+        (config.compile and no_compiler,
+         f"compile needs a C++ compiler: {', '.join(COMPILERS)}"),
+        (show != "none" and importlib.util.find_spec(show) is None,
+         f"tracker {show} is a package that is not there; pip install {show}"),
         (needed > there, f"a step needs {needed / 1e9:.1f} GB of memory, and {device} "
          f"has {there / 1e9:.1f}; raise --grad_accum_steps, or take a smaller batch"),
     ]:
