@@ -534,7 +534,8 @@ def _report(config: TrainConfig, run: Path, begun: int, step: int, stop: int) ->
         say(f"{config.max_minutes} minutes are over at step {step}; "
             f"go on with --resume {run}")
     elif begun == step:
-        say(f"{run}: step {step} is done, the last is {last}; more with --max_steps")
+        done = f"step {step} is done, and the last is {last}"
+        say(f"{run}: {done}; more with --max_steps")
     row = [row for row in read_metrics(run) if row["val_loss"] is not None][-1]
     line = f"validation loss {row['val_loss']:.4f} after step {row['step']}"
     if "floor" in row:
