@@ -292,7 +292,7 @@ def test_faults_planted_in_the_records_are_seen(tmp_path, patterns, fault):
 @pytest.fixture
 def tiny(base):
     "Long enough to be stopped before its end."
-    return replace(base, cosine_cycle_iters=240)
+    return replace(base, cosine_cycle_iters=120)
 
 
 def wait_for_a_checkpoint(folder: Path, process=None):
