@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
+import tinylm.data
 import tinylm.optim
 import tinylm.train
 from tinylm.ablations import BASE, SWEEPS, Plan, Result, _Processes, by_group, compare_run, load_plans
@@ -109,7 +110,8 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, name, text):
 RESULTS = ROOT / "data/results/ablations"
 QUOTED = """1.3233 1.1614 1.3347 1.1831 1.3944 1.2588 1.3640 1.2173 1.5351 1.5458 0.011 0.041 0.0053 1.32
     0.041 0.082 0.001 0.015 0.038 0.623 0.10 0.15 1.338 1.585 1.353 0.061 0.057 0.002 1.4885 5.81 1.684 1.349 0.010
-    1.390 0.000 0.020 0.008 0.0005 0.70 2.46 1.58 2.78 1.96 327.7 0.05""".split()  # the source's, others', Student's
+    1.390 0.000 0.020 0.008 0.0005 0.70 2.46 1.58 2.78 1.96 327.7 0.05 0.003 0.005 0.01 0.02 0.03 0.1 0.3 0.00375
+    0.009 0.5 0.2 22.7 1.1 1.8 6.1 6.2 6.3 0.07 1.6""".split()  # the source's, others', Student's; rates; a few bounds
 
 
 def read_state(results: Path) -> tuple[dict, dict]:
@@ -124,8 +126,7 @@ def read_state(results: Path) -> tuple[dict, dict]:
         plans = load_plans(RESULTS / file, corpus=corpus)
         state.append({name: plan.results(results / folder) for name, plan in plans.items()})
         every = [r for plan in state[-1].values() for part in plan for r in part]
-        same = {(r.record["corpus"]["valid_sha256"], r.record["config"]["vocab_size"]) for r in every}
-        assert len({sha for sha, _ in same}) == 1, "one text to validate on"
+        assert len({r.record["corpus"]["valid_sha256"] for r in every}) == 1, "one text to validate on"
         assert all(r.seed == r.record["config"]["seed"] and r.lr == r.record["config"]["lr"] for r in every)
     return state[0], state[1]
 
@@ -164,8 +165,8 @@ def facts(results: Path) -> list[str]:
     by_batch = [{r.lr: r.loss for r in stories[name][0]} for name in ("batch 8", "rates", "batch 32")]
     assert [min(losses, key=losses.get) for losses in by_batch] == [0.01, 0.01, 0.02]
     ahead = [losses[0.01] - losses[0.02] for losses in by_batch]
-    spread = np.std(list(base.values()), ddof=1)
-    said += ["0.02 is ahead of 0.01 by {:.3f}, {:.3f} and {:.3f}".format(*ahead), f"scatter by {spread:.3f}"]
+    said += ["0.02 is ahead of 0.01 by {:.3f}, {:.3f} and {:.3f}".format(*ahead),
+             f"scatter by {np.std(list(base.values()), ddof=1):.3f}"]
 
     five = [ours[name, 0.01].mean for name in ("nope", "no-norm", "post-norm", "silu")]
     assert five == sorted(five, reverse=True) and int(five[0] / five[1]) == 7
@@ -234,8 +235,7 @@ def facts(results: Path) -> list[str]:
     length = {n: by_group(stories[f"length {n}"][0]) for n in (250, 500, 1000, 2000, 4000)}
     gaps = {(v, n): paired_difference(length[n][v, 0.01], length[n]["baseline", 0.01])
             for v in ("nope", "silu") for n in length}
-    two, four = (dict(enumerate(gaps["nope", n].values)) for n in (1000, 2000))
-    change = paired_difference(four, two)
+    change = paired_difference(*(dict(enumerate(gaps["nope", n].values)) for n in (2000, 1000)))
     assert max(change.values) < 0 and gaps["nope", 500].mean > gaps["nope", 250].mean
     said += ["**Half confirmed (three seeds)",
              f"**Gate:** {pm(gaps['silu', 250])} after half a million tokens, {pm(gaps['silu', 1000])} after two",
@@ -253,9 +253,7 @@ def test_every_number_and_verdict_of_the_chapter_follows_from_the_records():
     assert [fact for fact in said if fact not in text] == []
     prose = re.sub(r"\(http[^)]*\)|`[^`]*`|\$[^$]*\$", "", text)
     known = {number for fact in said for number in re.findall(r"\d+\.\d+", fact)} | set(QUOTED)
-    rates = {f"{lr:g}" for lr in (0.003, 0.005, 0.01, 0.02, 0.03, 0.1, 0.3, 0.001, 0.00375, 0.009)}  # and a few bounds
-    few = {"0.5", "0.2", "0.03", "22.7", "1.1", "1.8", "6.1", "6.2", "6.3", "0.07", "1.6"}
-    assert sorted(set(re.findall(r"\d+\.\d+", prose)) - known - rates - few) == []
+    assert sorted(set(re.findall(r"\d+\.\d+", prose)) - known) == []
 
 
 def rotated(read):
@@ -337,8 +335,7 @@ def test_a_search_stopped_by_ctrl_c_goes_on_exactly_where_it_was(tiny, tmp_path)
 
     again = subprocess.run(command, timeout=240, **streams)
     assert again.returncode == 0 and "baseline: best 0.0" in again.stdout, again.stdout
-    assert "| baseline            | 0.02    |    1 |        0 |" in again.stdout
-    assert not list((tmp_path / "runs").iterdir())
+    assert "| baseline            | 0.02    |    1 |        0 |" in again.stdout and not list(tmp_path.glob("runs/*"))
     undisturbed = train(replace(tiny, lr=0.01, run_dir=str(tmp_path / "undisturbed")))
     expected = [row["train_loss"] for row in read_metrics(undisturbed)]
     assert losses(tmp_path)[run_name(replace(tiny, lr=0.01))] == expected
@@ -397,10 +394,7 @@ def no_bias_correction(patch):
 
 
 def unshuffled(patch):
-    def in_order(tokens, batch_size, context_length, rng):
-        return np.arange(batch_size) * context_length
-
-    patch.setattr(tinylm.train, "draw_starts", in_order)
+    patch.setattr(tinylm.data, "draw_starts", lambda tokens, size, length, rng: np.arange(size) * length)
 
 
 @pytest.mark.parametrize("preset, bug, where", [
@@ -435,10 +429,9 @@ def test_compare_judges_every_step(tmp_path, factor, says):
     assert says in text and not right, text
 
 
-def test_compare_lets_good_runs_pass_and_says_what_it_could_not_see(debug, tmp_path):
-    for seed, says in ((0, "equal to the reference run of seed 0 up to step 20"), (11, "seed 11 has no reference run")):
-        right, text = compare_run(train(replace(debug, seed=seed, max_steps=None, run_dir=str(tmp_path / f"{seed}"))))
-        assert right and says in text, text
+def test_compare_lets_a_good_run_pass_and_says_what_it_could_not_see(debug, tmp_path):
+    right, text = compare_run(train(replace(debug, seed=11, max_steps=None, run_dir=str(tmp_path / "run"))))
+    assert right and "seed 11 has no reference run" in text, text
 
 
 def test_compare_bears_what_another_machine_would_round_otherwise(debug, tmp_path, monkeypatch):
@@ -451,7 +444,8 @@ def test_compare_bears_what_another_machine_would_round_otherwise(debug, tmp_pat
         return model
 
     monkeypatch.setattr(tinylm.train, "TransformerLM", rounded)
-    assert compare_run(train(replace(debug, run_dir=str(tmp_path / "run"))))[0]
+    right, text = compare_run(train(replace(debug, run_dir=str(tmp_path / "run"))))
+    assert right and "equal to the reference run of seed 0 up to step 20" in text, text
 
 
 def test_compare_tells_a_divergence_and_refuses_what_it_cannot_compare(tmp_path):
