@@ -176,8 +176,8 @@ PRESETS = {  # what `--preset` begins with
     "reference": TrainConfig(preset="reference"),
 }
 PRESETS["fast"] = replace(  # the recipe of chapter 12, at the size of `laptop`
-    PRESETS["laptop"], preset="fast", num_heads=4, optimizer="muon", schedule="linear",
-    min_lr=0.0, windows="stories")
+    PRESETS["laptop"], preset="fast", num_heads=4, qk_norm=True, optimizer="muon",
+    schedule="linear", min_lr=0.0, windows="stories")
 
 
 FREE = {  # what may change when a run goes on: it has no effect on what is learned
