@@ -167,10 +167,8 @@ class _Reader:
         return scores
 
 # %% ../nbs/07_generate.ipynb #dfa579e1
-def _write(
-    model: TransformerLM, prompts: Any, max_new_tokens: int,
-    stop_id: int | None = None, seed: int = 0, **choice: Any,
-) -> Iterator[tuple[int, int]]:
+def _write(model: Any, prompts: Any, max_new_tokens: int, stop_id: int | None = None,
+           seed: int = 0, **choice: Any) -> Iterator[tuple[int, int]]:
     """Yield (row, id) for each token as it is chosen; all rows walk in step."""
     rows = [list(prompt) for prompt in prompts]
     draws = [torch.Generator().manual_seed(seed + r) for r in range(len(rows))]
