@@ -398,7 +398,8 @@ def same_batch_again(patch):
 
 
 @pytest.mark.parametrize("preset, bug, where", [
-    ("debug", no_mask, "at step 0"), ("debug", same_batch_again, "at step 5"), ("laptop", no_bias_correction, "at step 10"),
+    ("debug", no_mask, "at step 0"), ("debug", same_batch_again, "at step 5"),
+    ("laptop", no_bias_correction, "at step 10"),
 ])
 def test_compare_finds_a_planted_bug(debug, tmp_path, monkeypatch, preset, bug, where):
     bug(monkeypatch)
