@@ -78,6 +78,15 @@ def fold(source: str) -> str:
     return f'#| exports{found[2]}\n#| code-fold: {shown}\n#| code-summary: "{what}"\n{rest}'
 
 
+def one_line(source: str) -> str:
+    "Write options of several lines (`#| fig-alt: >-`) on one line: Quarto gets no alt text from the others."
+    def option(found: re.Match) -> str:
+        return found[1] + json.dumps(" ".join(re.sub(r"^#\|", "", found[2], flags=re.MULTILINE).split()),
+                                     ensure_ascii=False) + "\n"
+
+    return re.sub(r"^(#\| *[\w-]+: )>-?\n((?:#\|  +.*\n)+)", option, source, flags=re.MULTILINE)
+
+
 SOLUTION = re.compile(r"#\| *solution\b.*\n(#\| *code-(fold|summary):.*\n)*")
 
 
@@ -242,7 +251,11 @@ def page(notebook: dict, path: Path) -> dict:
     nb.cells = fold_answers(nb.cells)
     for cell in nb.cells:
         if cell.cell_type == "code":
-            cell.source = fold(cell.source)
+            cell.source = fold(one_line(cell.source))
+            for output in cell.get("outputs", []):
+                if "text/html" in output.get("data", {}):  # for it, Quarto would fetch jquery and requirejs from a CDN
+                    text = "".join(output["data"]["text/html"])
+                    output["data"] = {"text/markdown": f"```{{=html}}\n{text}\n```\n"}
     nb.cells[0].source = title
     nb.cells.insert(1, mk_cell(f"{about}\n\n{introduction}", "markdown"))
     for i, cell in enumerate(nb.cells):
