@@ -3,14 +3,15 @@
 A part is one row of `PARTS`, in the order of the chapters. Its answer is code of the plainest kind, and the docstring
 is the task: it states each convention that the cases test, so a stub is the answer without its bodies. A case does
 something with an answer and returns results by name. A mistake is an edit of the answer's source: the text to find,
-then the new text, several times if need be. Cases are made when they are first asked for; the import draws nothing."""
+then the new text, several times if need be. Cases are made when they are first asked for; the import draws nothing.
+Their numbers come from `SEED`: another seed, other cases."""
 import inspect
 import json
 import math
 import re
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,15 +20,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import regex
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinylm.fables import fables
 from tinylm.model import ModelConfig, parameter_table
 from tinylm.rope import apply_rope, rope_angles
 
 Case = Callable[[Any], dict[str, Any]]  # an answer -> the results, by name
+SEED = 0  # of the numbers in the cases; a teacher's may be secret
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,23 @@ class Part:
         module = import_module(f"tinylm.{self.chapter.partition('_')[2]}")
         return getattr(module, self.answer.__name__, self.answer)
 
+    @property
+    def needs(self) -> list[str]:
+        """The parts that this one is made of, the nearest chapters' last."""
+        return [name for name, p in PARTS.items() if p is not self and re.search(rf"(?<![.\w]){p.answer.__name__}\(", self.source)]
+
     def wrong(self, words: str) -> Any:
         """Make the answer that has one of the mistakes."""
         text, edits = self.source, self.mistakes[words]
         for old, new in zip(edits[::2], edits[1::2], strict=True):
             assert old in text, f"{old!r} is not in the answer for {words!r}"
             text = text.replace(old, new)
-        space = dict(globals())
-        exec(compile(text, "<a mistake>", "exec"), space)
+        return self.build({}, text)
+
+    def build(self, others: Mapping[str, Any], text: str = "") -> Any:
+        """Run the answer's source, or another text, where other things stand under some of the names that it uses."""
+        space = globals() | others
+        exec(compile(text or self.source, "<the table of exercises>", "exec"), space)
         return space[self.answer.__name__]
 
 
@@ -71,7 +84,7 @@ PARTS: dict[str, Part] = {}
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     """Draw normal numbers, always the same ones."""
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1000 * SEED))
 
 
 def outcome(function: Callable, inputs: dict[str, Any], parameters: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -97,10 +110,10 @@ def call(**inputs: Any) -> Case:
     return lambda function: outcome(function, inputs, {})
 
 
-def layer(make: type[nn.Module], *sizes: Any, **inputs: Any) -> Case:
-    """Make the case of a layer: build it in these sizes, fill it with weights, call it with the inputs."""
+def layer(make: type[nn.Module], *sizes: Any, use: Callable | None = None, **inputs: Any) -> Case:
+    """Make the case of a layer: build it in these sizes, fill it with weights, call it with the inputs, or `use` it."""
     dtype = next((x.dtype for x in inputs.values() if x.is_floating_point()), torch.float32)
-    weights = {name: normal(*p.shape, seed=i).to(dtype) for i, (name, p) in enumerate(make(*sizes).named_parameters())}
+    weights = {name: normal(*p.shape, seed=i, scale=0.5).to(dtype) for i, (name, p) in enumerate(make(*sizes).named_parameters())}
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
 
     def case(yours: Callable) -> dict[str, Any]:
@@ -112,12 +125,58 @@ def layer(make: type[nn.Module], *sizes: Any, **inputs: Any) -> Case:
         if results["the list of parameters"] == shapes:
             for name, p in own.items():
                 p.data = weights[name].clone()
-            results |= outcome(module, inputs, own)
+            results |= use(module) if use else outcome(module, inputs, own)
         return results
     return case
 
 
+def fresh(make: type[nn.Module], *sizes: int, std: float = 1.0) -> Case:
+    """Make a case of how a layer's weights are drawn."""
+    def case(yours: Callable) -> dict[str, Any]:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(SEED)
+            w = yours(*sizes).weight.detach() / std
+        return {"the deviation of fresh weights, over the wanted one,": round(float(w.std()), 1),
+                "the largest fresh weight, in deviations, over 3,": max(1.0, round(float(w.abs().max()) / 3, 2))}
+    return case
+
+
 # 00: data and tokenizer
+
+def get_batch(
+    tokens: np.ndarray, batch_size: int, context_length: int, device: Any = "cpu", rng: np.random.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw `batch_size` windows of tokens (N,) from random places; return inputs and
+    targets, each (batch_size, context_length) and int64, on the device.
+
+    The target of each token is the one that comes next, so a window is context_length +
+    1 tokens long. All places where one fits are equally likely: the starts are
+    `rng.integers(len(tokens) - context_length, size=batch_size)`; without an rng, a
+    fresh one draws. The tokens may be uint16."""
+    # Hint: take context_length + 1 tokens from each start, stack them, and cut off the last or the first column.
+    rng = rng or np.random.default_rng()
+    starts = rng.integers(len(tokens) - context_length, size=batch_size)
+    rows = np.stack([tokens[i : i + context_length + 1] for i in starts]).astype(np.int64)
+    x = torch.from_numpy(rows).to(device)
+    return x[:, :-1], x[:, 1:]
+
+
+def _batches(count: int, batch_size: int, context_length: int, dtype: Any = np.int64) -> Case:
+    def case(draw: Callable) -> dict[str, Any]:
+        tokens = normal(count, scale=1000).abs().numpy().astype(dtype)
+        x, y = draw(tokens, batch_size, context_length, rng=np.random.default_rng(SEED))
+        return {"the inputs": x, "the targets": y}
+    return case
+
+
+PARTS["get_batch"] = Part("00_data", get_batch, lambda: {
+    "four windows of five tokens": _batches(50, 4, 5), "windows of one token": _batches(9, 3, 1),
+    "tokens for a single window": _batches(6, 2, 5), "tokens of type uint16": _batches(50, 4, 5, np.uint16)}, {
+    "the targets are not shifted": ("x[:, 1:]", "x[:, :-1]"),
+    "the targets come before the inputs": ("x[:, :-1], x[:, 1:]", "x[:, 1:], x[:, :-1]"),
+    "the last place is never drawn": ("- context_length, size", "- context_length - 1, size"),
+    "all windows of a batch begin at the same place": ("size=batch_size)", "size=1).repeat(batch_size)"),
+    "the ids are not int64": ("astype(np.int64)", "astype(np.int32)")})
 
 def equal_weights(text: str) -> str:
     """Take the weights out of a grammar's text, so that all options of a rule are
@@ -165,9 +224,8 @@ PARTS["longest_match"] = Part("00_tokenizer", longest_match, lambda: {
     "the shortest token that fits is taken": ("range(len(text), 0, -1)", "range(1, len(text) + 1)"),
     "it goes on one byte later, whatever the token's length": ("text = text[length:]", "text = text[1:]"),
     "the tokens are listed, not their ids": ("ids[text[:length]]", "text[:length]"),
-    "the text is read from its end": (
-        "text[:n]", "text[-n:]", "text[:length]", "text[-length:]", "text[length:]", "text[:-length]",
-        "return found", "return found[::-1]")})
+    "the text is read from its end": ("text[:n]", "text[-n:]", "text[:length]", "text[-length:]", "text[length:]",
+        "text[:-length]", "return found", "return found[::-1]")})
 
 
 class Tokenizer:
@@ -257,15 +315,15 @@ PARTS["Tokenizer"] = Part("00_tokenizer", Tokenizer, lambda: {
     "bytes that are no text": _decoded(104, 0xC3, 105),
     "special tokens": _texts("the<|end|>the", "<|end|>", special=["<|end|>"]),
     "special tokens, one of which the vocabulary has": _texts("<|old|><|end|>", special=["<|end|>", "<|old|>"]),
-    "two special tokens in a row, and one that begins like another": _texts(
-        "<|a|><|a|>the", "<|a|><|b|>", special=["<|a|>", "<|a|><|b|>"]),
+    "two special tokens in a row, and one that begins like another": _texts("<|a|><|a|>the", "<|a|><|b|>",
+        special=["<|a|>", "<|a|><|b|>"]),
     "characters that mean something in a pattern": _texts("the[x|y]the", "x", special=["[x|y]"]),
     "a special token that was not declared": _texts("the<|end|>"),
     "a stream of whole lines": _streamed("the end\n", "the other\n"),
     "a stream cut in the middle of words": _streamed("the o", "ther the", "atre", "<|en", "d|>the")}, {
-    "merges are made from left to right, not in the order of training": (
-        "for a, b in self.merges:", "for a, b in [p for p in pairwise(tokens) if p in self.merges][:1]:",
-        "        return tokens", "            return self._merge(tokens)\n        return tokens"),
+    "merges are made from left to right, not in the order of training": ("for a, b in self.merges:",
+        "for a, b in [p for p in pairwise(tokens) if p in self.merges][:1]:", "        return tokens",
+        "            return self._merge(tokens)\n        return tokens"),
     "merges cross the borders of pretokens": ("regex.findall(pattern, piece)", "[piece]"),
     "characters are merged, not bytes": ("[bytes([b]) for b in word.encode()]", "[c.encode() for c in word]"),
     "each token is decoded by itself, so letters of several bytes break": (
@@ -273,8 +331,8 @@ PARTS["Tokenizer"] = Part("00_tokenizer", Tokenizer, lambda: {
         '"".join(self.bytes_of[i].decode(errors="replace") for i in ids)'),
     "special tokens are split like other text": (" if self.special else [text]", " if False else [text]"),
     "the shorter of two special tokens wins": (", reverse=True", ""),
-    "each chunk of a stream is encoded by itself": (
-        'yield from self.encode("".join(chunks))', "for chunk in chunks:\n            yield from self.encode(chunk)")})
+    "each chunk of a stream is encoded by itself": ('yield from self.encode("".join(chunks))',
+        "for chunk in chunks:\n            yield from self.encode(chunk)")})
 
 
 def train_bpe(
@@ -336,23 +394,18 @@ def _corpus(text: str, merges: int, *special: str) -> Case:
     return case
 
 
-_STORY = """Once upon a time there was a shy fox named Mia. She lived near the old mill, and what she liked best was
-honey cake. One day the bear who lived next door called: "Come out, come out!" But Mia did not dare to go.<|end|>
-Long ago a curious rabbit named Tom lost his hat in the wind. "My hat, my hat!" cried Tom. The wind did not answer."""
-
 PARTS["train_bpe"] = Part("00_tokenizer", train_bpe, lambda: {
     "one word, once": _corpus("abab", 1), "a tie": _corpus("ab cd", 1),
     "one merge builds on another": _corpus("low low low lower lower newest", 3),
     "a word that is repeated counts more": _corpus("xy xy xy xy ab abab", 2),
     "a tie between tokens of several bytes": _corpus("ab ab ab abz abz abc abc abq", 3),
-    "a run of one letter": _corpus("aaaaa aaa", 2),
-    "spaces and line ends": _corpus("a b a b\na b\n\nb a", 2),
+    "a run of one letter": _corpus("aaaaa aaa", 2), "spaces and line ends": _corpus("a b a b\na b\n\nb a", 2),
     "a special token": _corpus("<<|<|end|>a b<|end|>a b<|end|>", 2, "<|end|>"),
     "texts around special tokens": _corpus("<|end|>".join(["xa"] * 4 + ["bc"]), 2, "<|end|>"),
     "letters of several bytes": _corpus("éé éé éa 日日 日", 4),
-    "two stories": _corpus(_STORY, 30, "<|end|>")}, {
-    "ties go to the smaller pair, not to the greater one": (
-        "max(pairs, key=lambda pair: (pairs[pair], pair))", "min(pairs, key=lambda pair: (-pairs[pair], pair))"),
+    "two stories": _corpus("<|end|>".join(fables(2, SEED)), 30, "<|end|>")}, {
+    "ties go to the smaller pair, not to the greater one": ("max(pairs, key=lambda pair: (pairs[pair], pair))",
+        "min(pairs, key=lambda pair: (-pairs[pair], pair))"),
     "ties go to the pair that came first": ("(pairs[pair], pair))", "pairs[pair])"),
     "pairs are counted across pretokens": ("regex.findall(pattern, piece)", "[piece]"),
     "every pretoken counts once, however often it occurs": ("counts.get(key, 0) + 1", "1"),
@@ -367,11 +420,15 @@ class Linear(nn.Module):
     """Multiply the last axis of x (..., d_in) by a matrix: y = x W^T of shape (...,
     d_out), without a bias.
 
-    The matrix is a parameter called `weight` of shape (d_out, d_in)."""
+    The matrix is a parameter called `weight` of shape (d_out, d_in), drawn from N(0, 2
+    / (d_in + d_out)) and cut off at 3 standard deviations."""
+    # Hint: nn.init.trunc_normal_(tensor, mean, std, low, high) fills a tensor; std is the root of the variance.
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(d_out, d_in))
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        std = math.sqrt(2 / (d_in + d_out))
+        nn.init.trunc_normal_(self.weight, 0.0, std, -3 * std, 3 * std)
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.T
@@ -381,13 +438,15 @@ PARTS["Linear"] = Part("01_layers", Linear, lambda: {
     "one vector, 3 to 2": layer(Linear, 3, 2, x=normal(3)),
     "a batch of sequences": layer(Linear, 3, 2, x=normal(2, 4, 3)),
     "a square layer": layer(Linear, 3, 3, x=normal(4, 3)),
-    "float64 stays float64": layer(Linear, 3, 2, x=normal(4, 3).double())}, {
-    "the weight is stored as (d_in, d_out), not as (d_out, d_in)": ("randn(d_out, d_in)", "randn(d_in, d_out)",
-                                                                    "weight.T", "weight"),
-    "there is a bias": ("d_out, d_in))", "d_out, d_in))\n        self.bias = nn.Parameter(torch.zeros(d_out))",
-                        "weight.T", "weight.T + self.bias"),
-    "the weight is a plain tensor, not an nn.Parameter": ("nn.Parameter", ""),
-    "the weight is not transposed (x @ W, not x @ W.T)": ("weight.T", "weight")})
+    "float64 stays float64": layer(Linear, 3, 2, x=normal(4, 3).double()),
+    "fresh weights": fresh(Linear, 300, 100, std=200**-0.5)}, {
+    "the weight is stored as (d_in, d_out), not as (d_out, d_in)": ("empty(d_out, d_in)", "empty(d_in, d_out)",
+        "weight.T", "weight"),
+    "there is a bias": ("        std =", "        self.bias = nn.Parameter(torch.zeros(d_out))\n        std =",
+        "weight.T", "weight.T + self.bias"), "the weight is a plain tensor, not an nn.Parameter": ("nn.Parameter", ""),
+    "the weight is not transposed (x @ W, not x @ W.T)": ("weight.T", "weight"),
+    "fresh weights are drawn from N(0, 1)": ("math.sqrt(2 / (d_in + d_out))", "1.0"),
+    "fresh weights are not cut off": ("trunc_normal_", "normal_", "std, -3 * std, 3 * std", "std")})
 
 
 class Embedding(nn.Module):
@@ -395,11 +454,14 @@ class Embedding(nn.Module):
     0): the result is (..., D).
 
     The table is a parameter called `weight` of shape (num_embeddings, embedding_dim);
-    row i belongs to id i."""
+    row i belongs to id i. It is drawn from N(0, 1) and cut off at 3 standard
+    deviations."""
+    # Hint: a tensor can be indexed by a tensor of ids of any shape.
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(num_embeddings, embedding_dim))
+        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
+        nn.init.trunc_normal_(self.weight, 0.0, 1.0, -3.0, 3.0)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.weight[ids]
@@ -409,9 +471,10 @@ PARTS["Embedding"] = Part("01_layers", Embedding, lambda: {
     "one id": layer(Embedding, 5, 3, ids=torch.tensor([2])),
     "a batch of sequences": layer(Embedding, 5, 3, ids=torch.tensor([[1, 4], [3, 2]])),
     "the first id and the last": layer(Embedding, 5, 3, ids=torch.tensor([0, 4])),
-    "an id that occurs twice": layer(Embedding, 5, 3, ids=torch.tensor([3, 1, 3]))}, {
-    "the table is stored as (embedding_dim, num_embeddings)": ("randn(num_embeddings, embedding_dim)",
-                                                               "randn(embedding_dim, num_embeddings)"),
+    "an id that occurs twice": layer(Embedding, 5, 3, ids=torch.tensor([3, 1, 3])),
+    "fresh vectors": fresh(Embedding, 300, 100)}, {
+    "the table is stored as (embedding_dim, num_embeddings)": ("empty(num_embeddings, embedding_dim)",
+        "empty(embedding_dim, num_embeddings)"),
     "the table is a plain tensor, not an nn.Parameter": ("nn.Parameter", ""),
     "ids are counted from 1": ("[ids]", "[ids - 1]"),
     "the result is cut off from the graph (.data, .detach() or no_grad)": ("weight[ids]", "weight.data[ids]")})
@@ -424,7 +487,7 @@ class RMSNorm(nn.Module):
         y = x / sqrt(mean(x * x) + eps) * weight
 
     The mean runs over the last axis of x (..., D). The gain is a parameter called
-    `weight` of shape (D). Half precision (float16, bfloat16) is computed in float32,
+    `weight` of shape (D), all ones at first. Half precision (float16, bfloat16) is computed in float32,
     and the result has the dtype of x."""
 
     def __init__(self, d_model: int, eps: float = 1e-5):
@@ -439,9 +502,8 @@ class RMSNorm(nn.Module):
 
 
 PARTS["RMSNorm"] = Part("01_layers", RMSNorm, lambda: {
-    "one vector": layer(RMSNorm, 8, x=normal(8)),
-    "a batch of sequences": layer(RMSNorm, 8, x=normal(2, 3, 8)),
-    "eps = 0.5": layer(RMSNorm, 8, 0.5, x=normal(3, 8)),
+    "one vector": layer(RMSNorm, 8, x=normal(8)), "a fresh gain": lambda make: {"weight": make(4).weight.detach()},
+    "a batch of sequences": layer(RMSNorm, 8, x=normal(2, 3, 8)), "eps = 0.5": layer(RMSNorm, 8, 0.5, x=normal(3, 8)),
     "numbers so small that the default epsilon counts": layer(RMSNorm, 8, x=normal(3, 8, scale=1e-3)),
     "a vector of zeros": layer(RMSNorm, 8, x=torch.zeros(2, 8)),
     "float64 stays float64": layer(RMSNorm, 8, x=normal(3, 8).double()),
@@ -449,8 +511,7 @@ PARTS["RMSNorm"] = Part("01_layers", RMSNorm, lambda: {
     "float16, numbers in the thousands": layer(RMSNorm, 8, x=normal(3, 8, scale=2e3).half())}, {
     "epsilon is added outside the root": ("torch.sqrt(", "(torch.sqrt(", " + self.eps)", ") + self.eps)"),
     "epsilon is missing": (" + self.eps", ""),
-    "the mean is subtracted first, as in LayerNorm": (
-        "else x\n", "else x\n        y = y - y.mean(-1, keepdim=True)\n"),
+    "the mean is subtracted first, as in LayerNorm": ("else x\n", "else x\n        y = y - y.mean(-1, keepdim=True)\n"),
     "the gain (`weight`) is missing": (" * self.weight", ""),
     "the squares are summed, not averaged": (".mean(", ".sum("),
     "the mean runs over all axes, not over the last": ("-1, keepdim=True", ""),
@@ -469,9 +530,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
-        self.w1 = nn.Linear(d_model, d_ff, bias=False)
-        self.w2 = nn.Linear(d_ff, d_model, bias=False)
-        self.w3 = nn.Linear(d_model, d_ff, bias=False)
+        self.w1, self.w2, self.w3 = Linear(d_model, d_ff), Linear(d_ff, d_model), Linear(d_model, d_ff)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.w1(x), self.w3(x)
@@ -482,7 +541,7 @@ PARTS["SwiGLU"] = Part("01_layers", SwiGLU, lambda: {
     "one vector": layer(SwiGLU, 4, 6, x=normal(4)), "a batch of sequences": layer(SwiGLU, 4, 6, x=normal(2, 3, 4)),
     "float64 stays float64": layer(SwiGLU, 4, 6, x=normal(3, 4).double()),
     "numbers in the hundreds": layer(SwiGLU, 4, 6, x=normal(3, 4, scale=200))}, {
-    "w2 and w3 have exchanged shapes": ("self.w2", "self.other", "self.w3", "self.w2", "self.other", "self.w3"),
+    "w2 and w3 have exchanged shapes": ("self.w2, self.w3 =", "self.w3, self.w2 ="),
     "w1 and w3 are exchanged: silu belongs to w1": ("a, b =", "b, a ="),
     "the gate is a sigmoid, not silu": ("a * torch.sigmoid(a)", "torch.sigmoid(a)"),
     "w3 is not used: there is no gate": ("(a) * b", "(a)"),
@@ -514,8 +573,7 @@ PARTS["softmax"] = Part("01_layers", softmax, lambda: {
     "bfloat16 stays bfloat16": call(x=normal(3).bfloat16(), dim=-1),
     "float64 stays float64": call(x=normal(3).double(), dim=-1)}, {
     "the maximum is not subtracted first, so exp overflows": ("x - x.max(dim, keepdim=True).values", "x"),
-    "the maximum of the whole tensor is subtracted, not that along `dim`": (
-        ".max(dim, keepdim=True).values", ".max()"),
+    "the maximum of the whole tensor is subtracted, not that along `dim`": (".max(dim, keepdim=True).values", ".max()"),
     "the sum runs over the last axis, whatever `dim` says": ("(dim, keepdim", "(-1, keepdim"),
     "the sum, or the maximum, lost its axis (keepdim=True)": ("powers.sum(dim, keepdim=True)", "powers.sum(dim)"),
     "the input is changed in place": ("shifted = x - ", "shifted = x.sub_(", "values\n", "values)\n")})
@@ -555,8 +613,7 @@ PARTS["log_softmax"] = Part("01_layers", log_softmax, lambda: {
     "a score of 1000": call(x=torch.tensor([1000.0, 0.0]), dim=0),
     "one row far below the other": call(x=torch.tensor([[0.0, 1.0], [-1000.0, -1001.0]]), dim=-1),
     "float64 stays float64": call(x=normal(3).double(), dim=-1)}, {
-    "the logarithm of a softmax that has become 0": (
-        "shifted - shifted.exp().sum(dim, keepdim=True).log()",
+    "the logarithm of a softmax that has become 0": ("shifted - shifted.exp().sum(dim, keepdim=True).log()",
         "(shifted.exp() / shifted.exp().sum(dim, keepdim=True)).log()"),
     "the maximum is not subtracted": ("x - x.max(dim, keepdim=True).values", "x"),
     "the maximum of the whole tensor is subtracted": ("x.max(dim, keepdim=True).values", "x.max()"),
@@ -598,17 +655,14 @@ def _positions(*positions: int, d_k: int = 4, theta: float = 10_000.0, batch: tu
 
 
 PARTS["RoPE"] = Part("02_rope", RotaryPositionalEmbedding, lambda: {
-    "position 0, where nothing turns": _positions(0),
-    "position 1, a single pair": _positions(1, d_k=2),
-    "positions 0 to 3, two pairs": _positions(0, 1, 2, 3),
-    "positions in any order": _positions(5, 2, 9, 2),
+    "position 0, where nothing turns": _positions(0), "position 1, a single pair": _positions(1, d_k=2),
+    "positions 0 to 3, two pairs": _positions(0, 1, 2, 3), "positions in any order": _positions(5, 2, 9, 2),
     "theta = 100, four pairs": _positions(0, 1, 2, d_k=8, theta=100.0),
-    "a batch with heads": _positions(0, 1, 2, d_k=8, batch=(2, 3)),
-    "the last position, 63": _positions(62, 63),
-    "bfloat16 stays bfloat16": layer(
-        RotaryPositionalEmbedding, 10_000.0, 4, 64, x=normal(3, 4).bfloat16(), token_positions=torch.arange(3))}, {
-    "the pairs are (i, i + d_k/2), the halves, and not (2i, 2i + 1)": (
-        "x[..., 0::2], x[..., 1::2]", "x.chunk(2, -1)", "torch.stack", "torch.cat", ".flatten(-2)", ""),
+    "a batch with heads": _positions(0, 1, 2, d_k=8, batch=(2, 3)), "the last position, 63": _positions(62, 63),
+    "bfloat16 stays bfloat16": layer(RotaryPositionalEmbedding, 10_000.0, 4, 64, x=normal(3, 4).bfloat16(),
+        token_positions=torch.arange(3))}, {
+    "the pairs are (i, i + d_k/2), the halves, and not (2i, 2i + 1)": ("x[..., 0::2], x[..., 1::2]", "x.chunk(2, -1)",
+        "torch.stack", "torch.cat", ".flatten(-2)", ""),
     "it turns the wrong way: the signs of the sines are exchanged": ("angles.sin()", "-angles.sin()"),
     "the positions are counted from 1": ("[token_positions]", "[(token_positions + 1) % 64]"),
     "the positions given are ignored": ("[token_positions]", "[: x.shape[-2]]"),
@@ -656,7 +710,7 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    weights = torch.softmax(scores, dim=-1)
+    weights = softmax(scores, -1)
     if mask is not None:
         weights = weights.masked_fill(~mask, 0.0)
     return weights @ v
@@ -690,18 +744,171 @@ _NO_ZEROS = "weights.masked_fill(~mask, 0.0)", "weights"
 PARTS["attention"] = Part("03_model", scaled_dot_product_attention, _attention_cases, {
     "sqrt(d_k) is missing": (" / math.sqrt(q.shape[-1])", ""),
     "the scores are divided by d_k, not by its root": ("math.sqrt(q.shape[-1])", "q.shape[-1]"),
-    "`k.T` turns the axes of the batch around too: `k.transpose(-2, -1)`": (
-        "k.transpose(-2, -1)", "k.permute(*range(k.dim())[::-1])"),
-    "softmax runs over the queries, not over the keys": ("dim=-1", "dim=-2"),
+    "`k.T` turns the axes of the batch around too: `k.transpose(-2, -1)`": ("k.transpose(-2, -1)",
+        "k.permute(*range(k.dim())[::-1])"),
+    "softmax runs over the queries, not over the keys": ("scores, -1", "scores, -2"),
     "the mask is inverted: True means may attend": ("~mask", "mask"),
     "the mask is inverted, so a row has nothing to attend: True means may attend": (*_NO_ZEROS, "~mask", "mask"),
     "the mask is ignored": ("mask is not None", "False"),
     "masked scores are set to a number that is not low enough": (*_NO_ZEROS, "-math.inf", "-1e3"),
     "the mask comes after the softmax, so the weights no longer sum to one": (".masked_fill(~mask, -math.inf)", ""),
-    "the maximum is not subtracted in the softmax": (
-        "torch.softmax(scores, dim=-1)", "scores.exp() / scores.exp().sum(-1, keepdim=True)"),
+    "the maximum is not subtracted in the softmax": ("softmax(scores, -1)",
+        "scores.exp() / scores.exp().sum(-1, keepdim=True)"),
     "a row of -inf alone gives NaN: set masked weights to 0": _NO_ZEROS,
     "a query without keys averages all values: set masked weights to 0": (*_NO_ZEROS, "-math.inf", "-1e30")})
+
+
+class MultiHeadSelfAttention(nn.Module):
+    """Let every token of x (B, T, d_model) attend to itself and to what came before it,
+    with `num_heads` heads side by side; the result has the shape of x.
+
+    Queries, keys and values are `q_proj(x)`, `k_proj(x)` and `v_proj(x)`, four linear
+    layers with `output_proj`, each without bias and with a `weight` (d_model, d_model).
+    Head h works on the h-th piece of d_model / num_heads features. The heads' results
+    stand side by side in the same order, and go through `output_proj`.
+
+    `rope`, if given, is called as rope(q, token_positions), with q of shape (B, H, T,
+    K), to turn queries and keys, not values. Positions (T) are 0, 1, ..., T - 1 where
+    None are given.
+
+    `cache`, if given, remembers the tokens before x: k, v = cache.append(k, v) takes
+    new keys (turned) and values (B, H, T, K), and returns all S so far. Then the T
+    queries are those of the last T positions."""
+    # Hint: unflatten the last axis into (H, K) and exchange it with the axis of time; at the end the way back. A mask
+    # of ones (T, S) with tril(S - T) is causal with a cache and without.
+
+    def __init__(self, d_model: int, num_heads: int, rope: Any = None):
+        super().__init__()
+        self.num_heads, self.rope = num_heads, rope
+        self.q_proj, self.k_proj = Linear(d_model, d_model), Linear(d_model, d_model)
+        self.v_proj, self.output_proj = Linear(d_model, d_model), Linear(d_model, d_model)
+
+    def forward(self, x: Tensor, token_positions: Tensor | None = None, cache: Any = None) -> Tensor:
+        heads = (*x.shape[:-1], self.num_heads, -1)
+        q, k, v = (proj(x).view(heads).transpose(-3, -2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.rope is not None:
+            positions = torch.arange(x.shape[-2]) if token_positions is None else token_positions
+            q, k = self.rope(q, positions), self.rope(k, positions)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        before = k.shape[-2] - q.shape[-2]
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(before)
+        y = scaled_dot_product_attention(q, k, v, mask)
+        return self.output_proj(y.transpose(-3, -2).flatten(-2))
+
+
+def _rope(d_k: int = 4) -> nn.Module:
+    return PARTS["RoPE"].book(10_000.0, d_k, 64)
+
+
+def _pieces(make: type[nn.Module], *sizes: Any) -> Case:
+    def use(module: nn.Module) -> dict[str, Any]:
+        cache, x = KVCache(6), normal(2, 5, 8)
+        pieces = (module(x[:, a:b], torch.arange(a, b), cache) for a, b in ((0, 2), (2, 4), (4, 5)))
+        return {f"the output of piece {i}": y.detach() for i, y in enumerate(pieces)}
+    return layer(make, *sizes, use=use, x=normal(1))
+
+
+PARTS["MultiHeadSelfAttention"] = Part("03_model", MultiHeadSelfAttention, lambda: {
+    "one head": layer(MultiHeadSelfAttention, 8, 1, x=normal(1, 3, 8, scale=0.3)),
+    "two heads": layer(MultiHeadSelfAttention, 8, 2, x=normal(1, 3, 8, scale=0.3)),
+    "a batch, four heads": layer(MultiHeadSelfAttention, 8, 4, x=normal(2, 5, 8, scale=0.3)),
+    "with RoPE": layer(MultiHeadSelfAttention, 8, 2, _rope(), x=normal(2, 5, 8, scale=0.3)),
+    "with RoPE, at other positions": layer(MultiHeadSelfAttention, 8, 2, _rope(), x=normal(2, 3, 8, scale=0.3),
+        token_positions=torch.tensor([0, 4, 20])),
+    "in three pieces, with a cache": _pieces(MultiHeadSelfAttention, 8, 2, _rope())}, {
+    "there is no causal mask": (".tril(before)", ""), "the mask shows the future, not the past": ("tril", "triu"),
+    "the features are cut into heads without exchanging the axes": (".view(heads).transpose(-3, -2) for",
+        ".reshape(len(x), self.num_heads, x.shape[1], -1) for"),
+    "the heads are not brought back behind the tokens": ("y.transpose(-3, -2).flatten(-2)", "y.reshape(x.shape)"),
+    "output_proj is not used": ("self.output_proj(y.t", "(y.t"),
+    "RoPE turns the queries and not the keys": ("self.rope(k, positions)", "k"),
+    "the positions given are ignored": ("if token_positions is None else token_positions", ""),
+    "with a cache, the mask is that of the first T positions": ("tril(before)", "tril()")})
+
+
+class TransformerBlock(nn.Module):
+    """Add to the residual stream x (B, T, d_model) what attention finds, then what the
+    feed-forward network makes of it:
+
+        x = x + attn(ln1(x));  x = x + ffn(ln2(x))
+
+    `ln1` and `ln2` are RMSNorms, `attn` is a MultiHeadSelfAttention with `num_heads`
+    heads and the rope given, `ffn` a SwiGLU of hidden width `d_ff`; the config has
+    d_model, num_heads and d_ff. Token positions and cache are passed on to attention."""
+    # Hint: two lines in forward. What is added is computed from the normalized stream; the stream itself is not.
+
+    def __init__(self, config: ModelConfig, rope: Any = None):
+        super().__init__()
+        self.ln1, self.ln2 = RMSNorm(config.d_model), RMSNorm(config.d_model)
+        self.attn = MultiHeadSelfAttention(config.d_model, config.num_heads, rope)
+        self.ffn = SwiGLU(config.d_model, config.d_ff)
+
+    def forward(self, x: Tensor, token_positions: Tensor | None = None, cache: Any = None) -> Tensor:
+        x = x + self.attn(self.ln1(x), token_positions, cache)
+        return x + self.ffn(self.ln2(x))
+
+
+_SMALL = ModelConfig(vocab_size=11, context_length=16, d_model=8, num_layers=2, num_heads=2, d_ff=12)
+PARTS["TransformerBlock"] = Part("03_model", TransformerBlock, lambda: {
+    "two tokens": layer(TransformerBlock, _SMALL, x=normal(1, 2, 8)),
+    "a batch of sequences": layer(TransformerBlock, _SMALL, x=normal(2, 4, 8)),
+    "with RoPE, at other positions": layer(TransformerBlock, _SMALL, _rope(), x=normal(2, 3, 8),
+        token_positions=torch.tensor([0, 4, 9])),
+    "in three pieces, with a cache": _pieces(TransformerBlock, _SMALL, _rope())}, {
+    "attention replaces the stream, and is not added to it": ("x = x + self.attn", "x = self.attn"),
+    "the feed-forward network replaces the stream": ("return x + self.ffn", "return self.ffn"),
+    "the stream is normalized after each addition (post-norm)": ("x + self.attn(self.ln1(x), token_positions, cache)",
+        "self.ln1(x + self.attn(x, token_positions, cache))", "x + self.ffn(self.ln2(x))", "self.ln2(x + self.ffn(x))"),
+    "the feed-forward network reads the stream from before attention": ("        x = x + self", "        y = x + self",
+        "return x +", "return y +"), "ln2 is not used": ("self.ffn(self.ln2(x))", "self.ffn(x)"),
+    "positions and cache are not passed on": (", token_positions, cache)\n", ")\n")})
+
+
+class TransformerLM(nn.Module):
+    """Turn ids (B, T) into logits (B, T, vocab_size), at each position for the token
+    that comes next.
+
+    `token_embeddings`, then the blocks in order (an nn.ModuleList called `layers`),
+    then the RMSNorm `ln_final`, then the linear layer `lm_head`. There is one
+    RotaryPositionalEmbedding(rope_theta, size of a head, context_length) for all. The
+    config has vocab_size, context_length, d_model, num_layers, num_heads, d_ff and
+    rope_theta. `caches`, if given, has a cache for each block."""
+    # Hint: nn.ModuleList, not a list, or the blocks' parameters are not found.
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        rope = RotaryPositionalEmbedding(config.rope_theta, config.d_model // config.num_heads, config.context_length)
+        self.token_embeddings = Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(TransformerBlock(config, rope) for _ in range(config.num_layers))
+        self.ln_final = RMSNorm(config.d_model)
+        self.lm_head = Linear(config.d_model, config.vocab_size)
+
+    def forward(self, ids: Tensor, token_positions: Tensor | None = None, caches: list | None = None) -> Tensor:
+        x = self.token_embeddings(ids)
+        for block, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+            x = block(x, token_positions, cache)
+        return self.lm_head(self.ln_final(x))
+
+
+def _read_in_pieces(model: nn.Module) -> dict[str, Any]:
+    caches, ids = [KVCache(9) for _ in range(2)], torch.arange(8).view(2, 4)
+    pieces = (model(ids[:, a:b], torch.arange(a, b), caches) for a, b in ((0, 3), (3, 4)))
+    return {f"the logits of piece {i}": y.detach() for i, y in enumerate(pieces)}
+
+
+PARTS["TransformerLM"] = Part("03_model", TransformerLM, lambda: {
+    "two tokens": layer(TransformerLM, _SMALL, ids=torch.tensor([[3, 5]])),
+    "a batch of sequences": layer(TransformerLM, _SMALL, ids=torch.tensor([[1, 4, 9], [3, 0, 10]])),
+    "at other positions": layer(TransformerLM, _SMALL, ids=torch.tensor([[1, 4, 9]]), token_positions=torch.tensor([0,
+        5, 9])), "in two pieces, with caches": layer(TransformerLM, _SMALL, use=_read_in_pieces, x=normal(1))}, {
+    "the last norm is not used": ("self.lm_head(self.ln_final(x))", "self.lm_head(x)"),
+    "only the last block is used": ("block(x, token", "block(self.token_embeddings(ids), token"),
+    "the result is probabilities, not logits": ("self.lm_head(self.ln_final(x))",
+        "self.lm_head(self.ln_final(x)).softmax(-1)"),
+    "positions and caches are not passed on": ("block(x, token_positions, cache)", "block(x)"),
+    "the blocks share their weights": ("TransformerBlock(config, rope) for _ in range(config.num_layers)",
+        "[TransformerBlock(config, rope)] * config.num_layers")})
 
 
 def multi_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -771,14 +978,11 @@ PARTS["cross_entropy"] = Part("04_optim", cross_entropy, lambda: {
     "a batch of sequences": call(logits=normal(2, 3, 5), targets=torch.tensor([[3, 0, 4], [4, 1, 1]])),
     "logits around 1000": call(logits=1000 + normal(2, 3), targets=torch.tensor([0, 2])),
     "a target that seemed impossible": call(logits=torch.tensor([[0.0, 200.0]]), targets=torch.tensor([0])),
-    "one row far below the other": call(
-        logits=torch.tensor([[0.0, 1.0], [-1000.0, -1001.0]]), targets=torch.tensor([0, 1])),
-    "float64 stays float64": call(logits=normal(2, 3).double(), targets=torch.tensor([0, 2]))}, {
+    "one row far below the other": call(logits=torch.tensor([[0.0, 1.0], [-1000.0, -1001.0]]), targets=torch.tensor([0,
+        1])), "float64 stays float64": call(logits=normal(2, 3).double(), targets=torch.tensor([0, 2]))}, {
     "the losses are summed, not averaged": (".mean()", ".sum()"),
-    "softmax is applied twice: the argument is logits": (
-        "    shifted", "    logits = logits.softmax(-1)\n    shifted"),
-    "the maximum is not subtracted first, so exp overflows": (
-        "logits - logits.max(-1, keepdim=True).values", "logits"),
+    "softmax is applied twice: the argument is logits": ("    shifted", "    logits = logits.softmax(-1)\n    shifted"),
+    "the maximum is not subtracted first, so exp overflows": ("logits - logits.max(-1, keepdim=True).values", "logits"),
     "the maximum of the whole tensor is subtracted, not that of each row": (".max(-1, keepdim=True).values", ".max()"),
     "the logarithm of a softmax that has become 0": ("(log_sum - right)", "-(right.exp() / log_sum.exp()).log()"),
     "the result is cut off from the graph (.item(), .detach() or no_grad)": (".mean()", ".mean().detach()")})
@@ -852,14 +1056,14 @@ PARTS["clip_grad_norm"] = Part("04_optim", clip_grad_norm, lambda: {
     "bfloat16 stays bfloat16": _clip([3.0, 4.0], [12.0], dtype=torch.bfloat16),
     "the parameters come from a generator": _clip([3.0], [4.0], once=True)}, {
     "gradients below the limit are scaled up": ("norm > max_l2_norm", "True"),
-    "each tensor is clipped by its own norm, not all by their joint one": (
-        "norm > max_l2_norm", "True", "max_l2_norm / (norm + 1e-6)", "min(1, max_l2_norm / (float(g.norm()) + 1e-6))"),
-    "the norm is returned as it is after clipping": (
-        "return norm", "return math.sqrt(sum(float(g.square().sum()) for g in grads))"),
+    "each tensor is clipped by its own norm, not all by their joint one": ("norm > max_l2_norm", "True",
+        "max_l2_norm / (norm + 1e-6)", "min(1, max_l2_norm / (float(g.norm()) + 1e-6))"),
+    "the norm is returned as it is after clipping": ("return norm",
+        "return math.sqrt(sum(float(g.square().sum()) for g in grads))"),
     "a parameter without a gradient is not skipped": (" if p.grad is not None", ""),
     "the epsilon 1e-6 in the denominator, as in PyTorch, is missing": (" + 1e-6", ""),
-    "the parameters are read twice, but a generator gives them once": (
-        "for g in grads:", "for g in [p.grad for p in params if p.grad is not None]:")})
+    "the parameters are read twice, but a generator gives them once": ("for g in grads:",
+        "for g in [p.grad for p in params if p.grad is not None]:")})
 
 
 class AdamW(torch.optim.Optimizer):
@@ -927,12 +1131,12 @@ PARTS["AdamW"] = Part("04_optim", AdamW, lambda: {
     "the betas are exchanged": ("b1, b2 =", "b2, b1 ="),
     "epsilon is inside the root": (_STEP, "(v / (1 - b2**t) + eps).sqrt()"),
     "the decay is not multiplied by the learning rate": ("lr * decay", "decay"),
-    "the decay is added to the gradient (L2, as in Adam), not taken off the weight": (
-        _DECAY, "", "g, state = p.grad,", "g, state = p.grad + decay * p,"),
-    "the decay comes after the step, not before it as here and in PyTorch (both are in use)": (
-        _DECAY, "", "+ eps)\n", "+ eps)\n" + _DECAY),
-    "the rate is that of the start: read it from `param_groups`": (
-        'lr, eps, decay = group["lr"]', "lr, eps, decay = self.lr", "        super()", "        self.lr = lr; super()")})
+    "the decay is added to the gradient (L2, as in Adam), not taken off the weight": (_DECAY, "", "g, state = p.grad,",
+        "g, state = p.grad + decay * p,"),
+    "the decay comes after the step, not before it as here and in PyTorch (both are in use)": (_DECAY, "", "+ eps)\n",
+        "+ eps)\n" + _DECAY),
+    "the rate is that of the start: read it from `param_groups`": ('lr, eps, decay = group["lr"]',
+        "lr, eps, decay = self.lr", "        super()", "        self.lr = lr; super()")})
 
 
 def smooth_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
@@ -1008,6 +1212,65 @@ PARTS["gradients_in_halves"] = Part("05_train", gradients_in_halves, lambda: {
     "gradients from before are not cleared": ("    model.zero_grad()\n", "")})
 
 
+class Checkpoint:
+    """Save all that a training run needs to go on, and load it.
+
+    Model and optimizer have state_dict() and load_state_dict(). How the file looks is
+    free. After loading, training goes on as if it had never stopped."""
+    # Hint: torch.save writes a dict of state dicts, torch.load reads it.
+
+    @staticmethod
+    def save(model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out: str) -> None:
+        """Write a checkpoint after `iteration` steps to the path `out`."""
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}, out)
+
+    @staticmethod
+    def load(src: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Give model and optimizer what was saved, and return the iteration."""
+        saved = torch.load(src)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return saved["iteration"]
+
+
+def _go_on(steps: int, **settings: Any) -> Case:
+    def begin(seed: int, **settings: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        for i, p in enumerate(model.parameters()):
+            p.data = normal(*p.shape, seed=seed + i)
+        return model, torch.optim.AdamW(model.parameters(), **settings)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        optimizer.zero_grad()
+        model(normal(4, 3, seed=seed)).square().mean().backward()
+        optimizer.step()
+
+    def case(answer: Any) -> dict[str, Any]:
+        old, new = begin(0, **settings), begin(10)
+        for i in range(steps):
+            step(*old, i)
+        with tempfile.TemporaryDirectory() as folder:
+            answer.save(*old, steps, f"{folder}/checkpoint")
+            step(*old, 77)  # what comes after must not change what was saved
+            results = {"the iteration": answer.load(f"{folder}/checkpoint", *new)}
+        results |= {f"after loading, {name}": x.clone() for name, x in new[0].state_dict().items()}
+        step(*new, 88)
+        return results | {f"a step later, {name}": x.clone() for name, x in new[0].state_dict().items()}
+    return case
+
+
+PARTS["Checkpoint"] = Part("05_train", Checkpoint, lambda: {
+    "before the first step": _go_on(0), "after three steps": _go_on(3),
+    "with other settings": _go_on(2, lr=0.1, betas=(0.8, 0.9))}, {
+    "the weights are not loaded": ('model.load_state_dict(saved["model"])', "pass"),
+    "the optimizer's state is not loaded": ('optimizer.load_state_dict(saved["optimizer"])', "pass"),
+    "the iteration is not returned": ('return saved["iteration"]', "pass"),
+    "the optimizer is loaded, but without its settings": ('optimizer.load_state_dict(saved["optimizer"])',
+        'optimizer.load_state_dict(saved["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})'),
+    "the parameters are saved, but not the buffers": ("model.state_dict()", "dict(model.named_parameters())",
+        'saved["model"])', 'saved["model"], strict=False)')})
+
+
 def read_safetensors(data: bytes) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file, here float32 ("F32") and int64 ("I64"),
     from its bytes.
@@ -1040,8 +1303,8 @@ PARTS["read_safetensors"] = Part("05_train", read_safetensors, lambda: {
     "a file with remarks": _reading({"format": "pt"}, a=normal(2, 3))}, {
     "places are counted from the beginning of the file, not from the end of the header": (
         "8 + size + begin : 8 + size + end", "begin:end"),
-    "the first axis runs fastest, not the last": (
-        '.reshape(entry["shape"])', '.reshape(entry["shape"][::-1]).permute([*range(len(entry["shape"]))][::-1])'),
+    "the first axis runs fastest, not the last": ('.reshape(entry["shape"])',
+        '.reshape(entry["shape"][::-1]).permute([*range(len(entry["shape"]))][::-1])'),
     "the length is read with the highest byte first": ('"little"', '"big"'),
     "the remarks under `__metadata__` are taken for a tensor": ('name != "__metadata__"', "True")})
 
@@ -1070,8 +1333,7 @@ PARTS["seeds_needed"] = Part("06_ablations", seeds_needed, lambda: {
     "a difference smaller than the deviation": call(deviation=0.03, difference=0.01)}, {
     "Student's factor is that of infinitely many seeds, 1.96": ("t_quantile(0.95, seeds - 1)", "1.96"),
     "the degrees of freedom are the seeds, not one less": ("seeds - 1)", "seeds)"),
-    "the deviation is not divided by the root of the number of seeds": (
-        " / math.sqrt(seeds) >=", " * (seeds < 99) >="),
+    "the deviation is not divided by the root of the number of seeds": (" / math.sqrt(seeds) >=", " * (seeds < 99) >="),
     "the whole interval is compared, not its half": (">= difference", ">= difference / 2")})
 
 
@@ -1097,13 +1359,155 @@ def _welch_cases() -> dict[str, Case]:
 
 PARTS["welch_half_width"] = Part("06_ablations", welch_half_width, _welch_cases, {
     "the factor is that of infinitely many seeds, 1.96": ("t_quantile(0.95, math.floor(degrees))", "1.96"),
-    "the degrees of freedom are those of equal deviations, the runs less two": (
-        "math.floor(degrees)", "len(first) + len(second) - 2"),
+    "the degrees of freedom are those of equal deviations, the runs less two": ("math.floor(degrees)",
+        "len(first) + len(second) - 2"),
     "the variances divide by n, not by n - 1": ("statistics.variance", "statistics.pvariance"),
     "the standard errors are added, not their squares": ("math.sqrt(a + b)", "(math.sqrt(a) + math.sqrt(b))")})
 
 
 # 07: generation
+
+class KVCache:
+    """Remember the keys and values of one attention layer.
+
+    It has room for `capacity` positions, and says in `length` how many it holds. To
+    forget all, one sets length = 0."""
+    # Hint: torch.cat along the axis of time will do; memory that is made once for all positions is faster.
+
+    def __init__(self, capacity: int):
+        self.capacity, self.length = capacity, 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of T new positions (B, H, T, K); return all so far (B, H, length,
+        K)."""
+        if self.length > 0:
+            k, v = torch.cat([self.keys, k], -2), torch.cat([self.values, v], -2)
+        self.keys, self.values, self.length = k, v, k.shape[-2]
+        return k, v
+
+
+def _appended(*lengths: int, forget_after: int = 99) -> Case:
+    def case(make: Callable) -> dict[str, Any]:
+        cache, results = make(sum(lengths)), {}
+        for i, n in enumerate(lengths):
+            if i == forget_after:
+                cache.length = 0
+            k, v = cache.append(normal(2, 3, n, 4, seed=i), normal(2, 3, n, 4, seed=10 + i))
+            results |= {f"keys, call {i}": k.clone(), f"values, call {i}": v.clone(), f"length, call {i}": cache.length}
+        return results
+    return case
+
+
+PARTS["KVCache"] = Part("07_generate", KVCache, lambda: {
+    "one call": _appended(3), "token by token": _appended(1, 1, 1), "pieces of all lengths": _appended(4, 1, 3),
+    "after forgetting": _appended(2, 3, 1, forget_after=1)}, {
+    "only the new ones are returned": ("[self.keys, k]", "[k]", "[self.values, v]", "[v]"),
+    "the new ones are put before the old ones": ("[self.keys, k]", "[k, self.keys]", "[self.values, v]",
+        "[v, self.values]"), "the values are those of the last call alone": ("torch.cat([self.values, v], -2)", "v"),
+    "nothing is forgotten when length is set to 0": ("if self.length > 0", 'if hasattr(self, "keys")'),
+    "they are laid side by side along the wrong axis": ("k], -2)", "k], 0)", "v], -2)", "v], 0)")})
+
+
+def temper(logits: Tensor, temperature: float) -> Tensor:
+    """Turn logits (B, V) into probabilities softmax(logits / temperature), float32.
+
+    At temperature 0 the largest logit of each row gets the probability 1. Temperatures
+    as low as 0.001 must not overflow."""
+    # Hint: zero is a case of its own; for the rest, a softmax that subtracts the maximum first is enough.
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    return softmax(logits / temperature, -1)
+
+
+PARTS["temper"] = Part("07_generate", temper, lambda: {
+    f"temperature {t}": torch.no_grad()(call(logits=3 * normal(2, 5), temperature=t)) for t in (1.0, 0.5, 2.0, 0.001, 0)}, {
+    "the logits are multiplied by the temperature": ("logits / temp", "logits * temp"),
+    "the probabilities are divided by the temperature": ("softmax(logits / temperature, -1)",
+        "softmax(logits, -1) / temperature"),
+    "temperature 0 divides by zero": ("    if temp", "    scaled = 1 / temperature\n    if temp"),
+    "the temperature is ignored": ("logits / temperature", "logits"),
+    "exp overflows at low temperatures": ("softmax(logits / temperature, -1)",
+        "(logits / temperature).exp() / (logits / temperature).exp().sum(-1, True)")})
+
+
+def keep_top_p(probs: Tensor, p: float) -> Tensor:
+    """Keep, in each row of probs (B, V), the smallest set of most probable tokens that
+    holds at least p (0 < p <= 1); the others get zero, and the rows sum to 1 again."""
+    # Hint: sort downwards and take the running sum. A token is kept if the sum *before* it is less than p.
+    ranked, order = probs.sort(-1, descending=True)
+    before = ranked.cumsum(-1) - ranked
+    kept = torch.zeros_like(probs).scatter(-1, order, ranked * (before < p))
+    return kept / kept.sum(-1, keepdim=True)
+
+
+PARTS["keep_top_p"] = Part("07_generate", keep_top_p, lambda: {
+    f"p = {p}": torch.no_grad()(call(probs=torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.85, 0.05, 0.07, 0.03]]), p=p))
+    for p in (0.6, 0.9, 0.05, 0.98)}, {
+    "the rows no longer sum to 1": ("kept / kept.sum(-1, keepdim=True)", "kept"),
+    "the token that crosses p is dropped": ("before < p", "before + ranked <= p"),
+    "the tokens are not put back in their places": ("torch.zeros_like(probs).scatter(-1, order, ranked * (before < p))",
+        "ranked * (before < p)"), "single tokens are compared with p, not running sums": ("before < p", "ranked >= p"),
+    "the sum starts from the least probable": ("descending=True", "descending=False")})
+
+
+def generate(
+    model: nn.Module, prompt_ids: Sequence[int], max_new_tokens: int, *, temperature: float = 1.0,
+    top_p: float | None = None, stop_id: int | None = None, seed: int = 0
+) -> list[int]:
+    """Continue a prompt, token by token; return the new ids alone.
+
+    model(ids, token_positions, caches) gives logits (1, T, V) for ids (1, T), and needs
+    to read each token once: `caches` has a KVCache for each of `model.layers`. The
+    logits of the last position become probabilities by temperature, then by top_p
+    unless it is None. To draw, take u = torch.rand(1, generator=g,
+    dtype=torch.float64), where g = torch.Generator().manual_seed(seed), once a token:
+    the token is the first whose running sum of probabilities is above u.
+
+    It ends after `max_new_tokens`, or at `stop_id`, which is not returned. Prompt and
+    new tokens fit in the context."""
+    # Hint: read the whole prompt first, then in each round only the token that was just chosen, at its position.
+    g = torch.Generator().manual_seed(seed)
+    caches = [KVCache(len(prompt_ids) + max_new_tokens) for _ in model.layers]
+    ids, read = list(prompt_ids), 0
+    while len(ids) < len(prompt_ids) + max_new_tokens:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[read:]]), torch.arange(read, len(ids)), caches)[:, -1]
+        probs = temper(logits, temperature)
+        if top_p is not None:
+            probs = keep_top_p(probs, top_p)
+        u = torch.rand(1, generator=g, dtype=torch.float64)
+        sums = probs[0].double().cumsum(-1)
+        chosen = int((sums <= u * sums[-1]).sum())
+        if chosen == stop_id:
+            break
+        read = len(ids)
+        ids.append(chosen)
+    return ids[len(prompt_ids):]
+
+
+def _continued(*prompt: int, num: int = 8, **choice: Any) -> Case:
+    def case(answer: Callable) -> dict[str, Any]:
+        model = PARTS["TransformerLM"].book(_SMALL, seed=SEED)
+        model.lm_head.weight.data *= 4
+        return {"the list of new ids": answer(model, list(prompt), num, **choice)}
+    return case
+
+
+PARTS["generate"] = Part("07_generate", generate, lambda: {
+    "one token, greedily": _continued(1, 4, 9, num=1, temperature=0.0),
+    "eight tokens, greedily": _continued(1, 4, 9, temperature=0.0), "eight draws": _continued(3, 2),
+    "other seeds": _continued(5, seed=3), "a temperature of 3": _continued(5, 3, temperature=3.0),
+    "top_p = 0.3": _continued(5, 3, top_p=0.3, temperature=2.0),
+    "a token that ends it": lambda answer: {f"the list up to {i}": _continued(7, stop_id=i)(
+        answer)["the list of new ids"] for i in range(11)}, "no token at all": _continued(2, num=0)}, {
+    "the prompt is returned too": ("return ids[len(prompt_ids):]", "return ids"),
+    "the logits of the first position are used": ("[:, -1]", "[:, 0]"),
+    "positions begin at 0 for every token": ("torch.arange(read, len(ids))", "torch.arange(len(ids) - read)"),
+    "the seed is ignored": ("manual_seed(seed)", "manual_seed(0)"),
+    "the temperature is ignored": ("temper(logits, temperature)", "temper(logits, float(temperature > 0))"),
+    "top_p is ignored": ("top_p is not None", "False"), "stop_id is ignored": ("chosen == stop_id", "False"),
+    "stop_id is returned": ("            break", "            return ids[len(prompt_ids):] + [chosen]")})
+
 
 def keep_min_p(probs: Tensor, share: float) -> Tensor:
     """Keep, in each row of probs (..., V), tokens at least `share` times as probable as
@@ -1137,8 +1541,7 @@ PARTS["entropy"] = Part("07_generate", entropy, lambda: {
     "a token that never comes": torch.no_grad()(call(probs=torch.tensor([0.5, 0.5, 0.0]))),
     "a single token": torch.no_grad()(call(probs=torch.tensor([[0.0, 1.0]])))}, {
     "0 ln 0 must count as 0": ("torch.xlogy(probs, probs)", "(probs * probs.log())"),
-    "the sign is missing": ("-torch", "torch"),
-    "the logarithm has base 2": (".sum(-1)", ".sum(-1) / math.log(2)"),
+    "the sign is missing": ("-torch", "torch"), "the logarithm has base 2": (".sum(-1)", ".sum(-1) / math.log(2)"),
     "the surprises are averaged, not weighed": ("torch.xlogy(probs, probs).sum", "probs.log().mean")})
 
 
@@ -1254,9 +1657,8 @@ def _ulps_cases() -> dict[str, Case]:
 
 
 PARTS["ulps"] = Part("11_check", ulps, _ulps_cases, {
-    "steps are taken to be as long as at 1, but they grow with the numbers": (
-        "abs(first - second)", "round(abs(a - b) * 2**23)"),
-    "the sign is kept": ("abs(first - second)", "second - first"),
+    "steps are taken to be as long as at 1, but they grow with the numbers": ("abs(first - second)",
+        "round(abs(a - b) * 2**23)"), "the sign is kept": ("abs(first - second)", "second - first"),
     "negative numbers are counted by their bits alone": ("n if n >= 0 else -(n & 0x7FFFFFFF)", "n"),
     "the magnitudes alone are compared": ("-(n & 0x7FFFFFFF)", "n & 0x7FFFFFFF")})
 
@@ -1285,3 +1687,67 @@ PARTS["edit_distance"] = Part("11_check", edit_distance, lambda: {
     "replacing a letter counts as two": ("(a[i - 1] != b[j - 1])", "2 * (a[i - 1] != b[j - 1])"),
     "letters in front of the first match cost nothing": ("[list(range(len(b) + 1))]", "[[0] * (len(b) + 1)]"),
     "the letters taken from the beginning of `a` cost nothing": ("row = [i]", "row = [0]")})
+
+
+# 12: a better recipe
+
+class Muon(torch.optim.Optimizer):
+    """Update matrices (R, C) by their momentum, made orthogonal (Jordan et al. 2024); a
+    subclass of torch.optim.Optimizer.
+
+    Per step and parameter with gradient g, where mu is `momentum` and m starts at zero:
+        m <- mu * m + (1 - mu) * g
+        x <- mu * m + (1 - mu) * g         (Nesterov looks ahead)
+        x <- x / ||x||, the root of the sum of its squares, at least 1e-7
+        five times: a = x x^T;  x <- 3.4445 x + (-4.7750 a + 2.0315 a a) x
+        p <- p - lr * sqrt(max(1, R / C)) * x
+    Of a matrix with R > C, x is transposed for the five steps, so that a is the smaller
+    square. Parameters whose `.grad` is None stay as they are. The rate is read from
+    `group["lr"]` at each step."""
+    # Hint: it is AdamW's frame with another rule: the moments in self.state[p], the settings in self.param_groups.
+
+    def __init__(self, params, lr=0.02, momentum=0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            mu = group["momentum"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                m = self.state[p]["m"] = mu * self.state[p].get("m", 0.0) + (1 - mu) * p.grad
+                x = mu * m + (1 - mu) * p.grad
+                tall = len(x) > len(x.T)
+                x = x.T if tall else x
+                x = x / x.norm().clamp(min=1e-7)
+                for _ in range(5):
+                    a = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+                p -= group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5 * (x.T if tall else x)
+
+
+def _turns(*shapes: tuple[int, int], num: int = 1, rates: tuple[float, ...] = (), momentum: float = 0.9) -> Case:
+    def case(make: Callable) -> dict[str, Any]:
+        params, results = [nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate(shapes)], {}
+        optimizer = make([*params, nn.Parameter(torch.ones(2, 2))], lr=0.1, momentum=momentum)
+        for step in range(num):
+            for group in optimizer.param_groups:
+                group["lr"] = rates[step] if rates else 0.1
+            for i, p in enumerate(params):
+                p.grad = normal(*p.shape, seed=10 * step + i + 5)
+            optimizer.step()
+            results |= {f"parameter {i} after step {step + 1}": p.detach().clone() for i, p in enumerate(params)}
+        return results
+    return case
+
+
+PARTS["Muon"] = Part("12_recipe", Muon, lambda: {
+    "a square matrix": _turns((3, 3)), "a wide one": _turns((2, 4)), "a tall one": _turns((4, 2)),
+    "three steps": _turns((3, 3), (2, 3), num=3), "a rate that changes": _turns((3, 3), num=2, rates=(0.1, 0.01))}, {
+    "the matrix is not made orthogonal": ("range(5)", "range(0)"),
+    "the matrix is not divided by its norm": ("x / x.norm().clamp(min=1e-7)", "x"),
+    "the step of tall matrices is not longer": ("max(1, p.shape[0] / p.shape[1])", "1"),
+    "it does not look ahead: x is m": ("x = mu * m + (1 - mu) * p.grad", "x = m"),
+    "the momentum is forgotten between steps": ('self.state[p].get("m", 0.0)', "0.0"),
+    "the rate is that of the start": ('p -= group["lr"]', 'p -= self.defaults["lr"]')})
