@@ -29,7 +29,7 @@ demo: .venv/run  ## from nothing, the packages included, to a told story in abou
 
 test book: export OMP_NUM_THREADS := 1  # two workers, a core each
 test: .venv/dev  ## run every notebook and every test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 book: .venv/dev  ## open three chapters in JupyterLab, and see that the book's own checks find planted faults
 	$(BIN)/python -m pytest -m book

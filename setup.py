@@ -21,7 +21,7 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"].split(),
     packages=["tinylm"],
-    package_data={"tinylm": ["py.typed", "*.mplstyle", "*.txt", "*.json"]},
+    package_data={"tinylm": ["py.typed", "*.mplstyle", "*.txt", "*.json", "*.safetensors"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},

@@ -120,11 +120,11 @@ def runnable_copy(path: Path, folder: Path, counted: bool = False) -> Path:
 
 
 def nbval(folder: Path) -> str:
-    "Run nbval on the notebooks in a folder, two at a time; returns what it said."
+    "Run nbval on the notebooks in a folder; returns what it said."
     # IN_TEST keeps nbdev from exporting; other plugins take seconds to load.
     env = os.environ | {"IN_TEST": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     options = ["-p", "nbval.plugin", "--nbval-lax", "--nbval-cell-timeout=300", "--nbval-kernel-startup-timeout=120",
-               "-p", "xdist.plugin", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", "-q", "--color=no"]
+               "-p", "no:cacheprovider", "-q", "--color=no"]
     result = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=folder, env=env, capture_output=True,
                             text=True, encoding="utf-8")
     return result.stdout + result.stderr

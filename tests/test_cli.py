@@ -66,7 +66,7 @@ SLIPS = [
     ("train --lr fast", "--lr 'fast' FLOAT tinylm|train|--help"),
     ("train --num_layers 2.5", "--num_layers '2.5' INT"),
     ("train --norm before", "--norm 'before' 'pre' 'post' 'none'"),
-    ("train --preset huge", "--preset 'huge' 'debug' 'laptop' 'reference'"),
+    ("train --preset huge", "--preset 'huge' 'debug' 'laptop' 'fast' 'reference'"),
     ("train --lr", "--lr tinylm|train|--help"),
     ("train --lr --seed 3", "--lr"),
     ("train story.txt", "story.txt quotes"),

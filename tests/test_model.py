@@ -1,5 +1,6 @@
-"""The model beyond its chapter: equal to Hugging Face's Llama, its start, refusals, RoPE's layouts."""
+"""The model beyond its chapter: equal to Hugging Face's Llama and Qwen3, its start, refusals, RoPE's layouts."""
 import json
+from copy import deepcopy
 from dataclasses import fields, replace
 
 import pytest
@@ -9,9 +10,12 @@ from conftest import ROOT
 from torch.testing import assert_close
 
 from tinylm import core
+from tinylm.checkpoint import load_checkpoint, save_checkpoint
 from tinylm.core import InputError
+from tinylm.generate import KVCache, generate
 from tinylm.layers import RMSNorm
-from tinylm.model import ModelConfig, TransformerLM
+from tinylm.model import ModelConfig, TransformerLM, num_parameters
+from tinylm.optim import AdamW
 from tinylm.rope import RotaryPositionalEmbedding, apply_rope
 from tinylm.train import PRESETS
 
@@ -21,8 +25,15 @@ SHAPES = [
     replace(SMALL, num_heads=1, rope_theta=500.0),
     replace(SMALL, num_heads=16, d_ff=40, num_layers=1),  # heads of two features: a single pair each
     replace(SMALL, d_model=96, num_heads=6, context_length=64),
+    replace(SMALL, num_kv_heads=2),
+    replace(SMALL, num_kv_heads=1, tie_embeddings=True),
+    replace(SMALL, qk_norm=True),
+    replace(SMALL, qk_norm=True, num_kv_heads=2, tie_embeddings=True),
 ]
-VARIANTS = [{}, {"norm": "post"}, {"norm": "none"}, {"use_rope": False}, {"ffn": "silu"}]
+NAMES = ("small", "one head", "pairs", "wide", "grouped", "one key, tied", "normed queries", "all three")
+TODAY = [{"num_kv_heads": 2}, {"num_kv_heads": 1}, {"tie_embeddings": True}, {"qk_norm": True},
+         {"num_kv_heads": 2, "tie_embeddings": True, "qk_norm": True}]
+VARIANTS = [{}, {"norm": "post"}, {"norm": "none"}, {"use_rope": False}, {"ffn": "silu"}, *TODAY]
 
 
 def random_ids(config: ModelConfig, batch: int = 3, length: int | None = None) -> torch.Tensor:
@@ -39,47 +50,99 @@ def shaken(config: ModelConfig, seed: int = 0) -> TransformerLM:
     return model.eval()
 
 
-def as_llama(model: TransformerLM):
-    "Put the weights into transformers' own Llama."
-    transformers = pytest.importorskip("transformers")
-    config, names = model.config, {
+def theirs(name: str, tensor: torch.Tensor, config: ModelConfig) -> tuple[str, torch.Tensor]:
+    "Name a tensor as transformers does, and order its rows for pairs (i, i + K/2) instead of (2i, 2i + 1)."
+    if any(part in name for part in ("q_proj", "k_proj", "q_norm", "k_norm")):  # head by head
+        heads = tensor.unflatten(0, (-1, config.d_model // config.num_heads // 2, 2))
+        tensor = heads.transpose(1, 2).reshape(tensor.shape)
+    for ours, other in {
         "token_embeddings": "model.embed_tokens", "layers.": "model.layers.", "ln_final": "model.norm",
         "attn.output_proj": "self_attn.o_proj", "attn.": "self_attn.",
         "ln1": "input_layernorm", "ln2": "post_attention_layernorm",
         "ffn.w1": "mlp.gate_proj", "ffn.w2": "mlp.down_proj", "ffn.w3": "mlp.up_proj",
-    }  # fmt: skip
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if "q_proj" in name or "k_proj" in name:  # from pairs (2i, 2i+1) to pairs (i, i + K/2), head by head
-            tensor = tensor.unflatten(0, (config.num_heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs) if theirs not in name else name
-        state[name] = tensor.clone()
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
-        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, rms_norm_eps=1e-5,
-        max_position_embeddings=config.context_length, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-    ))  # fmt: skip
-    llama.load_state_dict(state)
-    return llama.eval()
+    }.items():  # fmt: skip
+        name = name.replace(ours, other) if other not in name else name
+    return name, tensor.clone()
 
 
-@pytest.mark.parametrize("config", SHAPES, ids=("small", "one head", "pairs", "wide"))
-@torch.no_grad()
-def test_logits_equal_llama_in_64_bits(config):
+def as_hf(model: TransformerLM):
+    "Put the weights into transformers' own Llama, or its Qwen3 where queries and keys are normalized."
+    transformers = pytest.importorskip("transformers")
+    c, family = model.config, "Qwen3" if model.config.qk_norm else "Llama"
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, head_dim=c.d_model // c.num_heads,
+        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, rms_norm_eps=1e-5,
+        num_key_value_heads=c.num_kv_heads or c.num_heads, tie_word_embeddings=c.tie_embeddings,
+        max_position_embeddings=c.context_length,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+    )
+    hf = getattr(transformers, f"{family}ForCausalLM")(config)
+    state = dict(theirs(*item, c) for item in model.state_dict().items())
+    missing, unexpected = hf.load_state_dict(state, strict=False)
+    assert not unexpected and missing == ["lm_head.weight"] * c.tie_embeddings
+    return hf.eval()
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=NAMES)
+def test_logits_and_gradients_equal_transformers_in_64_bits(config):
     model, ids = shaken(config), random_ids(config)
-    llama = as_llama(model).double()
-    ours = model.double()(ids)
-    assert_close(ours, llama(ids).logits, rtol=1e-5, atol=1e-5)
+    hf = as_hf(model).double()
+    ours, expected = model.double()(ids), hf(ids).logits
+    assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     # transformers computes its angles and its norms in 32 bits, whatever the model's type. Give it our tables and
     # PyTorch's norm: all else must agree to the last digits.
     rope = model.layers[0].attn.rope
     tables = [torch.cat([table, table], -1)[None].double() for table in (rope.cos, rope.sin)]
-    llama.model.rotary_emb.forward = lambda *args, **kwargs: tables
-    for norm in (module for module in llama.modules() if type(module).__name__ == "LlamaRMSNorm"):
+    hf.model.rotary_emb.forward = lambda *args, **kwargs: tables
+    for norm in (module for module in hf.modules() if type(module).__name__.endswith("RMSNorm")):
         norm.forward = lambda x, norm=norm: F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
-    assert_close(ours, llama(ids).logits, rtol=1e-10, atol=1e-10)
+    expected = hf(ids).logits
+    assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    ours.square().mean().backward()
+    expected.square().mean().backward()
+    gradients = {name: p.grad for name, p in hf.named_parameters()}
+    assert len(gradients) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        name, gradient = theirs(name, p.grad, config)
+        assert_close(gradient, gradients[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("change", TODAY, ids=str)
+@torch.no_grad()
+def test_generation_with_caches_tells_what_the_whole_model_would(monkeypatch, change):
+    model, ids = shaken(replace(SMALL, **change), seed=3), random_ids(SMALL, length=4).tolist()
+    for is_fast in (True, False):
+        monkeypatch.setattr(core, "FAST", is_fast)
+        told = generate(model, ids, 18, temperature=0)
+        assert all(len(cache.keys[0]) == (change.get("num_kv_heads") or 4) for cache in filled_caches(model, ids))
+        for prompt, new in zip(ids, told, strict=True):
+            text = torch.tensor(prompt + new)
+            assert_close(model(text[None])[0, 3:-1].argmax(-1), text[4:])
+
+
+def filled_caches(model, ids):
+    caches = [KVCache(24) for _ in model.layers]
+    model(torch.tensor(ids), torch.arange(len(ids[0])), caches)
+    return caches
+
+
+@pytest.mark.parametrize("change", TODAY, ids=str)
+def test_table_of_parameters_counts_the_real_ones(change):
+    config = replace(SMALL, **change)
+    assert num_parameters(config) == sum(p.numel() for p in TransformerLM(config).parameters())
+
+
+def test_a_tied_head_is_no_parameter_of_its_own(tmp_path):
+    tied = TransformerLM(replace(SMALL, tie_embeddings=True), seed=2)
+    assert "lm_head.weight" not in tied.state_dict()
+    assert tied.lm_head.weight is tied.token_embeddings.weight
+    optimizer = AdamW(tied.parameters(), lr=1e-3)
+    save_checkpoint(tied, optimizer, 5, tmp_path / "step")  # safetensors refuses tensors that share memory
+    other = TransformerLM(replace(SMALL, tie_embeddings=True), seed=3)
+    assert load_checkpoint(tmp_path / "step", other, AdamW(other.parameters(), lr=1e-3)) == 5
+    assert other.lm_head.weight is other.token_embeddings.weight and other.lm_head.weight.equal(tied.lm_head.weight)
+    copy = deepcopy(tied).double()
+    assert copy.lm_head.weight is copy.token_embeddings.weight and copy.lm_head.weight.dtype == torch.float64
 
 
 @pytest.mark.parametrize("change", VARIANTS, ids=str)
@@ -108,6 +171,7 @@ def test_start_depends_on_seed_and_name_alone():
 @pytest.mark.parametrize("change", [
     {"num_heads": 5}, {"num_heads": 32}, {"d_ff": 0}, {"num_layers": -1}, {"norm": "layer"}, {"ffn": "relu"},
     {"rope_theta": 0.0}, {"rope_theta": float("nan")},
+    {"num_kv_heads": 0}, {"num_kv_heads": 3}, {"num_kv_heads": 8}, {"num_kv_heads": -2},
 ], ids=str)  # fmt: skip
 def test_impossible_shapes_are_refused_in_one_line(change):
     with pytest.raises(InputError) as caught:

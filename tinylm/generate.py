@@ -93,11 +93,11 @@ class KVCache:
 
     def __init__(self, capacity: int):  # the most positions that it can hold
         self.capacity, self.length = capacity, 0  # to forget all, set length = 0
-        self.keys = self.values = torch.empty(0)  # `append` makes (B, H, capacity, K)
+        self.keys = self.values = torch.empty(0)  # (B, heads, capacity, K) soon
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add rotated keys and values of new positions, (B, H, T, K); return views of
-        all that there are so far, (B, H, length, K)."""
+        """Add rotated keys and values of new positions, (B, heads, T, K); return
+        views of all that there are so far, (B, heads, length, K)."""
         end = self.length + k.shape[2]
         assert end <= self.capacity, f"{end} positions, but room for {self.capacity}"
         if self.keys.dim() == 1:
@@ -118,7 +118,8 @@ def _window_start(length: int, context_length: int) -> int:
 def _make_twin(model: Any, caches: list[KVCache]) -> TokenReader | None:
     """Hand the memory of model and filled caches to compiled loops, if they fit."""
     weights = list(model.parameters())
-    plain = TransformerLM(ModelConfig(1, 1, 2, 1, 1, 1))
+    tied = model.config.tie_embeddings
+    plain = TransformerLM(ModelConfig(1, 1, 2, 1, 1, 1, tie_embeddings=tied))
     parts, known = ({type(part) for part in m.modules()} for m in (model, plain))
     narrow = weights[0].dtype == torch.float32 and fast(*weights, numpy=True)
     if parts != known or model.config.norm != "pre" or not narrow:
@@ -129,7 +130,8 @@ def _make_twin(model: Any, caches: list[KVCache]) -> TokenReader | None:
         arrays = [tensor.detach().numpy() for tensor in tensors]
         layers.append((*arrays, layer.ln1.eps, layer.ln2.eps))
     memory = [(cache.keys.numpy(), cache.values.numpy()) for cache in caches]
-    embeddings, *_, gain, head = (weight.detach().numpy() for weight in weights)
+    ends = (model.token_embeddings, model.lm_head, model.ln_final)
+    embeddings, head, gain = (part.weight.detach().numpy() for part in ends)
     return TokenReader(layers, memory, embeddings, head, gain, model.ln_final.eps)
 
 

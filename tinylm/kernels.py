@@ -1676,12 +1676,13 @@ def _attend_head(q, keys, values, out):
 
 @_loops
 def _attend(q, keys, values, length):
-    """Attend from one query (D) of each text to the first `length` keys and values (B, H, capacity, K)."""
+    """Attend from one query (D) of each text to the first `length` keys and values (B, heads, capacity, K)."""
     out, size = np.empty_like(q), keys.shape[3]
+    group = q.shape[1] // (keys.shape[1] * size)  # of queries that share a key
     for r in range(len(q)):
-        for h in range(keys.shape[1]):
-            mine = slice(h * size, (h + 1) * size)
-            _attend_head(q[r, mine], keys[r, h, :length], values[r, h, :length], out[r, mine])
+        for h in range(q.shape[1] // size):
+            mine, kv = slice(h * size, (h + 1) * size), h // group
+            _attend_head(q[r, mine], keys[r, kv, :length], values[r, kv, :length], out[r, mine])
     return out
 
 
@@ -1694,7 +1695,7 @@ def _layer(x, position, keys, values, ln1, wq, wk, wv, wo, ln2, w1, w2, w3, cos,
     _turn(k, cos[position], sin[position])
     size = keys.shape[3]
     for r in range(len(x)):
-        for i in range(x.shape[1]):
+        for i in range(k.shape[1]):
             keys[r, i // size, position, i % size], values[r, i // size, position, i % size] = k[r, i], v[r, i]
     x = x + _product(wo, _attend(q, keys, values, position + 1))
     y = _rms_norm(x, ln2, eps2)
@@ -1711,7 +1712,7 @@ class TokenReader:
     def __init__(
         self,
         layers: Sequence[tuple],  # of each: a block's parameters in their order, RoPE's tables, the eps of both norms
-        memory: Sequence[tuple[np.ndarray, np.ndarray]],  # of each layer: keys and values, (B, H, capacity, K)
+        memory: Sequence[tuple[np.ndarray, np.ndarray]],  # of each layer: keys and values, (B, heads, capacity, K)
         embeddings: np.ndarray,  # (V, D), like all weights float32
         head: np.ndarray,  # (V, D)
         gain: np.ndarray,  # (D), of the last norm

@@ -38,6 +38,9 @@ class ModelConfig:
     norm: Literal["pre", "post", "none"] = "pre"  # RMSNorm before parts, after, nowhere
     use_rope: bool = True  # rotary positions; without them the model is "NoPE"
     ffn: Literal["swiglu", "silu"] = "swiglu"  # feed-forward network with a gate or not
+    num_kv_heads: int | None = None  # heads of keys and values; None: num_heads
+    tie_embeddings: bool = False  # the head scores with the embeddings' own table
+    qk_norm: bool = False  # RMSNorm over each head's query and key, before RoPE
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "context_length", "d_model", "num_layers", "num_heads")
@@ -50,6 +53,10 @@ class ModelConfig:
         if self.d_model % (self.num_heads * (1 + self.use_rope)):
             shape = f"d_model is {self.d_model} and num_heads {self.num_heads}"
             raise InputError(f"{shape}; expected whole heads, of even size for RoPE")
+        if self.num_kv_heads is not None:
+            if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+                shape = f"num_kv_heads is {self.num_kv_heads}"
+                raise InputError(f"{shape}; expected a divisor of {self.num_heads} heads")
 
 # %% ../nbs/03_model.ipynb #1d11ee86
 def parameter_table(
@@ -57,14 +64,16 @@ def parameter_table(
 ) -> dict[str, int]:  # number of parameters by part of the model
     """Count the parameters of a TransformerLM by formula, part by part."""
     d, layers = config.d_model, config.num_layers
+    head_size = d // config.num_heads
+    kv = head_size * (config.num_kv_heads or config.num_heads)
     matrices = 3 if config.ffn == "swiglu" else 2
-    norms = 0 if config.norm == "none" else 2 * layers + 1
+    norms = 0 if config.norm == "none" else (2 * layers + 1) * d
     return {
         "token embeddings": config.vocab_size * d,
-        "attention": layers * 4 * d * d,
+        "attention": layers * 2 * (d + kv) * d,
         "feed-forward": layers * matrices * d * config.d_ff,
-        "norms": norms * d,
-        "head": config.vocab_size * d,
+        "norms": norms + config.qk_norm * layers * 2 * head_size,
+        "head": 0 if config.tie_embeddings else config.vocab_size * d,
     }
 
 # %% ../nbs/03_model.ipynb #d8a83f06
@@ -127,19 +136,25 @@ class MultiHeadSelfAttention(nn.Module):
         d_model: int,  # D, width of input and output
         num_heads: int,  # H, number of heads; divides D
         rope: RotaryPositionalEmbedding | None = None,  # turns queries and keys
+        num_kv_heads: int | None = None,  # heads of keys and values; None means H
+        qk_norm: bool = False,  # normalize each head's queries and keys
     ):
         super().__init__()
-        self.num_heads = num_heads
+        self.head_size = d_model // num_heads
+        d_kv = self.head_size * (num_kv_heads or num_heads)
         self.q_proj = Linear(d_model, d_model)
-        self.k_proj = Linear(d_model, d_model)
-        self.v_proj = Linear(d_model, d_model)
+        self.k_proj = Linear(d_model, d_kv)
+        self.v_proj = Linear(d_model, d_kv)
         self.output_proj = Linear(d_model, d_model)
+        self.q_norm = RMSNorm(self.head_size) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_size) if qk_norm else nn.Identity()
         self.rope = rope
 
     def project(self, x: Tensor, token_positions: Tensor | None = None) -> list[Tensor]:
-        """Make queries and keys, both rotated, and values, each (B, H, T, K)."""
-        q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+        """Make queries and keys, both rotated, and values, each (B, heads, T, K)."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_size)).transpose(-3, -2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             q, k = self.rope(q, token_positions), self.rope(k, token_positions)
         return [q, k, v]
@@ -155,6 +170,8 @@ class MultiHeadSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
             assert token_positions is not None, "with a cache, give token_positions"
+        if (group := q.shape[-3] // k.shape[-3]) > 1:  # queries that share a key
+            k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
         heads = _causal_attention(q, k, v)
         return self.output_proj(heads.transpose(-3, -2).flatten(-2))
 
@@ -172,7 +189,8 @@ class TransformerBlock(nn.Module):
         feed_forward = SwiGLU if config.ffn == "swiglu" else SiLUFeedForward
         self.post_norm = config.norm == "post"
         self.ln1 = norm(config.d_model)
-        self.attn = MultiHeadSelfAttention(config.d_model, config.num_heads, rope)
+        self.attn = MultiHeadSelfAttention(
+            config.d_model, config.num_heads, rope, config.num_kv_heads, config.qk_norm)
         self.ln2 = norm(config.d_model)
         self.ffn = feed_forward(config.d_model, config.d_ff)
 
@@ -185,6 +203,21 @@ class TransformerBlock(nn.Module):
             return self.ln2(x + self.ffn(x))
         x = x + self.attn(self.ln1(x), token_positions, cache)
         return x + self.ffn(self.ln2(x))
+
+# %% ../nbs/03_model.ipynb #f0cabd33
+class _TiedHead(nn.Module):
+    """Score with the table of the embeddings, which stays their parameter alone."""
+
+    def __init__(self, embeddings: Embedding):
+        super().__init__()
+        self.table = (embeddings,)  # in a tuple, so that it counts as no part of this
+
+    @property
+    def weight(self) -> Tensor:
+        return self.table[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
 
 # %% ../nbs/03_model.ipynb #9ee978d6
 class TransformerLM(nn.Module):
@@ -204,13 +237,16 @@ class TransformerLM(nn.Module):
             layers = (TransformerBlock(c, rope) for _ in range(c.num_layers))
             self.layers = nn.ModuleList(layers)
             self.ln_final = nn.Identity() if c.norm == "none" else RMSNorm(c.d_model)
-            self.lm_head = Linear(c.d_model, c.vocab_size)
+            self.lm_head: Linear | _TiedHead = Linear(c.d_model, c.vocab_size)
         for name, part in self.named_modules():  # each has a generator of its own
             if isinstance(part, (Embedding, Linear, RMSNorm)):
                 digest = hashlib.sha256(f"{seed}/{name}.weight".encode()).digest()
                 own_seed = int.from_bytes(digest[:8], "big") >> 1
                 part.weight = nn.Parameter(torch.empty(part.weight.shape))
                 part.reset_parameters(torch.Generator().manual_seed(own_seed))
+        if c.tie_embeddings:  # drawn as a head is: as embeddings are, it would shout
+            self.token_embeddings.weight = self.lm_head.weight
+            self.lm_head = _TiedHead(self.token_embeddings)
 
     def forward(
         self,
@@ -230,7 +266,8 @@ def flops_per_token(
 ) -> int:  # floating-point operations of a forward pass, per token
     """Count the operations of all matrix products; training takes 3 times as many."""
     parts = parameter_table(config)
-    matrices = parts["attention"] + parts["feed-forward"] + parts["head"]
+    matrices = parts["attention"] + parts["feed-forward"]
+    matrices += config.vocab_size * config.d_model  # the head's, tied or not
     scores_and_averages = config.num_layers * 2 * config.context_length * config.d_model
     return 2 * (matrices + scores_and_averages)
 
@@ -243,14 +280,20 @@ def memory_table(
     """Estimate the memory of a training step on full contexts with AdamW."""
     d, layers, short = config.d_model, config.num_layers, dtype == "bfloat16"
     parts, weights = parameter_table(config), 4 * num_parameters(config)
-    matrices = parts["attention"] + parts["feed-forward"] + parts["head"]
+    matrices = parts["attention"] + parts["feed-forward"]
+    matrices += config.vocab_size * d  # the head's, tied or not
     tokens = batch_size * config.context_length
     widths = 6  # of D numbers a layer: inputs of attention and network; q, k, v; heads
     # and, when short, a copy of an input for each further matrix
     widths += short * (2 + config.use_rope + (config.ffn == "swiglu"))
     in_products = layers * (widths * d + 3 * config.d_ff) + d
-    exact = parts["norms"] + parts["norms"] // d  # inputs and roots of norms
+    norms = 0 if config.norm == "none" else 2 * layers + 1
+    exact = norms * (d + 1)  # inputs and roots of norms
     exact += layers * config.num_heads + 2  # sums of exponentials; ids take two
+    if config.qk_norm:  # inputs and roots of these norms
+        heads = config.num_heads + (config.num_kv_heads or config.num_heads)
+        in_products += layers * heads * (d // config.num_heads)
+        exact += layers * heads
     return {
         "weights": weights + 2 * matrices * short,  # with a short copy of each matrix
         "gradients": weights, "optimizer": 2 * weights,

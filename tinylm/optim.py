@@ -113,25 +113,27 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            rest = []
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if not (state := self.state[p]):
-                    state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
-                state["step"] += 1
-                whole = (p, p.grad, state["m"], state["v"])
-                w, g, m, v = ((x.to_local() if hasattr(x, "to_local") else x).detach()
-                              for x in whole)
-                if fast(w, g, m, v, numpy=True):  # the twin goes through memory once
-                    flat = (x.view(-1).numpy() for x in (w, g, m, v))
-                    adamw_step(state["step"], group, *flat)
-                    torch.autograd.graph.increment_version([w, m, v])
-                else:
-                    rest.append((w, g, m, v, state["step"]))
-            if rest:
-                _adamw_update(rest, group)
+            self.update([p for p in group["params"] if p.grad is not None], group)
         return loss
+
+    def update(self, params: list[Any], group: dict[str, Any]) -> None:
+        """Update parameters of one group, which all have a gradient."""
+        rest = []
+        for p in params:
+            if not (state := self.state[p]):
+                state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+            state["step"] += 1
+            whole = (p, p.grad, state["m"], state["v"])
+            w, g, m, v = ((x.to_local() if hasattr(x, "to_local") else x).detach()
+                          for x in whole)
+            if fast(w, g, m, v, numpy=True):  # the twin goes through memory once
+                flat = (x.view(-1).numpy() for x in (w, g, m, v))
+                adamw_step(state["step"], group, *flat)
+                torch.autograd.graph.increment_version([w, m, v])
+            else:
+                rest.append((w, g, m, v, state["step"]))
+        if rest:
+            _adamw_update(rest, group)
 
 
 # PyTorch decorates these so that its compiler leaves them alone; that would import it
