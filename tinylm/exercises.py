@@ -5,6 +5,7 @@ is the task: it states each convention that the cases test, so a stub is the ans
 something with an answer and returns results by name. A mistake is an edit of the answer's source: the text to find,
 then the new text, several times if need be. Cases are made when they are first asked for; the import draws nothing.
 Their numbers come from `SEED`: another seed, other cases."""
+import ast
 import inspect
 import json
 import math
@@ -59,8 +60,9 @@ class Part:
 
     @property
     def needs(self) -> list[str]:
-        """The parts that this one is made of, the nearest chapters' last."""
-        return [name for name, p in PARTS.items() if p is not self and re.search(rf"(?<![.\w]){p.answer.__name__}\(", self.source)]
+        """The parts that this one is made of."""
+        used = {node.id for node in ast.walk(ast.parse(self.source)) if isinstance(node, ast.Name)}
+        return [name for name, p in PARTS.items() if p is not self and p.answer.__name__ in used]
 
     def wrong(self, words: str) -> Any:
         """Make the answer that has one of the mistakes."""
