@@ -10,7 +10,8 @@ usage: tinylm VERB [OPTIONS]
   ablate    take parts out of the model and measure what is lost, with error bars
   compare   check a run against reference runs: is it right?
   export    write a trained model in the format of another tool
-  check     compare your own part with the book's: RMSNorm=my.py:MyNorm
+  check     compare your own part with the book's: RMSNorm=my.py:MyNorm; in a course, the score
+  start     begin a course: a folder with every part to write yourself
 
 Begin with `tinylm train`, then `tinylm generate`.
 `tinylm VERB --help` shows the options of a verb; `tinylm --version` the version."""
@@ -312,34 +313,70 @@ class _Check:
     """Compare your own part with the book's and hear the first thing that differs; then the exit code is 1.
 
     `tinylm check RMSNorm > my.py` writes a stub to fill in, and `tinylm check RMSNorm=my.py` checks it;
-    `RMSNorm=my.py:MyNorm` if it has another name there."""
+    `RMSNorm=my.py:MyNorm` if it has another name there. In a folder that `tinylm start` made, `tinylm check` alone
+    prints the score; a teacher marks a class with `tinylm check FOLDER FOLDER ...`."""
 
-    parts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME[=FILE.py[:OBJECT]]")] = ()  # NAME for a stub, or NAME=FILE.py
+    parts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME[=FILE.py[:OBJECT]]|FOLDER")] = ()  # NAME for a stub, NAME=FILE.py, or a folder
     train: bool = False  # if they pass, also train a small model with your parts, and one with the book's
     time_limit: float = 30.0  # seconds that one case, or one training step, may take
+    seed: int = 0  # of the numbers in the cases: others for a class than for practice
+    report: str | None = None  # of folders: also write the points of each case to FILE.xml (JUnit) or FILE.json
 
     def run(self) -> int:
+        from tinylm import course
         from tinylm.check import check_file, part_names, stub, train_with
 
-        if not self.parts:
-            raise InputError(f"which part? NAME=FILE.py, or NAME alone for a stub; there are {', '.join(part_names())}")
         if self.time_limit <= 0:
             raise InputError(f"--time_limit is {self.time_limit}; expected more than 0 seconds")
+        folders = [p for p in self.parts if os.path.isdir(p)] or ["."] * (not self.parts and course.is_course("."))
+        if folders:
+            return self.mark(folders)
+        if not self.parts:
+            raise InputError("which part? NAME=FILE.py, or NAME alone for a stub; `tinylm start FOLDER` begins a course; "
+                             f"there are {', '.join(part_names())}")
         if stubs := [part for part in self.parts if "=" not in part]:
             print(stub(*stubs), end="")
         files: dict[str, list[str]] = {}
         for part in self.parts:
             if found := re.fullmatch(r"(.*?)=(.*?)(:\w+)?", part):
                 files.setdefault(found[2], []).append(found[1] + (found[3] or ""))
-        wrong = sum(check_file(path, names, self.time_limit) for path, names in files.items())
+        wrong = sum(check_file(path, names, self.time_limit, self.seed) for path, names in files.items())
         if self.train and not wrong:
             wrong = sum(train_with(path, names, self.time_limit) for path, names in files.items())
         return min(wrong, 1)
 
+    def mark(self, folders: list[str]) -> int:
+        """Mark folders of a course."""
+        from tinylm import course
+
+        if other := [p for p in self.parts if p not in folders or not course.is_course(p)]:
+            raise InputError(f"{other[0]} is no folder that `tinylm start` made")
+        if self.report and not self.report.endswith((".xml", ".json")):
+            raise InputError(f"--report is {self.report}; expected a name that ends in .xml or .json")
+        marks = {folder: course.mark_folder(folder, (), self.time_limit, self.seed) for folder in folders}
+        if self.report:
+            course.write_report(self.report, marks, self.seed)
+        print(course.class_table(marks) if len(folders) > 1 else course.score(folders[0], marks[folders[0]]))
+        return int(not all(mark.right for own in marks.values() for mark in own))
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Begin a course: make a folder with a file for every part of a language model, to write yourself.
+
+    Next: read its README.md, fill in the first file, and run `tinylm check` in the folder."""
+
+    folder: Annotated[Positional[str], tyro.conf.arg(metavar="FOLDER")] = "my-lm"  # the folder to make
+
+    def run(self) -> None:
+        from tinylm.course import start
+
+        print(f"{start(self.folder)} is ready. To see the score:\n\n    cd {self.folder}\n    tinylm check\n")
+
 
 VERBS: dict[str, Any] = {  # a dataclass of flags that runs, or a function of the verb and its arguments
     "data": _Data, "tokenize": _Tokenize, "train": _train, "generate": _Generate, "search": _sweep, "ablate": _sweep,
-    "compare": _Compare, "export": _Export, "check": _Check,
+    "compare": _Compare, "export": _Export, "check": _Check, "start": _Start,
 }
 
 
