@@ -95,6 +95,8 @@ SLIPS = [
     ("export --format zip", "--format 'zip' 'hf' 'gguf'"),
     ("check", "RMSNorm AdamW"),
     ("check RMSNorm=x.py --time_limit -1", "--time_limit -1"),
+    ("check RMSNorm=x.py --time_limit nan", "--time_limit nan"),
+    ("check RMSNorm=x.py --time_limit inf", "--time_limit inf"),
     ("check RMSNorm=missing.py", "missing.py"),
     ("trian", "'trian' train"),
 ]

@@ -310,7 +310,7 @@ class _Printed(io.StringIO):
         return len(text)
 
 
-def serve(work: str, *arguments: Any) -> None:
+def _serve(work: str, *arguments: Any) -> None:
     """Do some work, MODULE:FUNCTION, in a child process; it sends events to the parent, each a line of JSON."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing that the answer writes gets among the events
@@ -330,7 +330,7 @@ def events(work: str, *arguments: Any, time_limit: float = 30.0) -> Iterator[lis
     """Let a child process work; give its events, at last ["stopped", why] if it has not ended well.
 
     An event ["at", place] says what is done next, for which it has `time_limit` seconds."""
-    code = f"import sys; sys.path[:] = {sys.path!r}; from tinylm.check import serve; serve(*{(work, *arguments)!r})"
+    code = f"import sys; sys.path[:] = {sys.path!r}; from tinylm.check import _serve; _serve(*{(work, *arguments)!r})"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                              stderr=subprocess.DEVNULL, encoding="utf-8", start_new_session=True)
     heard: queue.SimpleQueue = queue.SimpleQueue()
@@ -357,19 +357,21 @@ def events(work: str, *arguments: Any, time_limit: float = 30.0) -> Iterator[lis
         yield ["stopped", why]
 
 
-def mark_jobs(send: Callable[..., None], jobs: list[tuple[str, str]], seed: int) -> None:
+def _mark_jobs(send: Callable[..., None], jobs: list[tuple[str, str]], seed: int) -> None:
     """Mark parts, each (file, name), in the child process."""
     exercises.SEED = seed
     for path, name in jobs:
         send("at", path)
-        with redirect_stdout(_Printed()) as printed:
-            try:
+        printed = _Printed()
+        try:
+            with redirect_stdout(_Printed()):
                 answer, state = _changed(partial(load, path, name))
-                if state:
-                    raise InputError(f"{path}: while it is imported, {state}")
+            if state:
+                raise InputError(f"{path}: while it is imported, {state}")
+            with redirect_stdout(printed):
                 mark = _judge(_find(name), answer, send)
-            except InputError as error:
-                mark = Mark(_find(name), {}, str(error))
+        except InputError as error:
+            mark = Mark(_find(name), {}, str(error))
         send("end", mark.error, mark.likely, printed.getvalue().splitlines()[:4])
 
 
@@ -380,7 +382,7 @@ def mark_files(jobs: Iterable[tuple[str, str]], time_limit: float = 30.0, seed: 
     left = list(jobs)
     while left:
         mark, title = None, ""
-        for event, *values in events("tinylm.check:mark_jobs", left, seed, time_limit=time_limit):
+        for event, *values in events("tinylm.check:_mark_jobs", left, seed, time_limit=time_limit):
             if mark is None and left:
                 key = _find(left[0][1])
                 mark, title = Mark(key, dict.fromkeys(PARTS[key].cases, "")), ""
@@ -474,7 +476,7 @@ def training_curve(answers: Mapping[str, Any], on_step: Callable[[str], object] 
     return losses
 
 
-def train_job(send: Callable[..., None], path: str, names: list[str]) -> None:
+def _train_job(send: Callable[..., None], path: str, names: list[str]) -> None:
     """Train with the parts in a file, in the child process."""
     answers = {_find(name): load(path, name) for name in names}
     with redirect_stdout(_Printed()):
@@ -489,7 +491,7 @@ def train_with(path: str, names: Iterable[str], time_limit: float = 30.0) -> int
     if other := [key for key in map(_find, names) if key not in TRAINABLE]:
         raise InputError(f"{other[0]} has no place in training; there are: {', '.join(TRAINABLE)}")
     place = ""
-    for event, value in events("tinylm.check:train_job", path, list(names), time_limit=time_limit):
+    for event, value in events("tinylm.check:_train_job", path, list(names), time_limit=time_limit):
         if event in ("stopped", "failed"):
             print(f"{place}: {value}")
             return 1

@@ -122,7 +122,7 @@ def mark_folder(folder: str | Path, names: Sequence[str] = (), time_limit: float
     return [marks[name] for name in names or places()]
 
 
-def live(send: Callable[..., None], folder: str, level: int, steps: int = 400) -> None:
+def _live(send: Callable[..., None], folder: str, level: int, steps: int = 400) -> None:
     """In a child process, show what a student's parts can do together, up to a level of 1 to 4."""
     use: dict[str, Any] = {}
     with redirect_stdout(StringIO()):
@@ -155,7 +155,7 @@ def live(send: Callable[..., None], folder: str, level: int, steps: int = 400) -
             send("milestone", f"your first story: {tokenizer.decode(story).strip()}")
 
 
-def milestones(folder: str | Path, marks: Sequence[Mark]) -> list[str]:
+def _milestones(folder: str | Path, marks: Sequence[Mark]) -> list[str]:
     """Say what a student's parts can do together; kept in the folder until one of them changes."""
     right = {mark.part for mark in marks if mark.right}
     ends = ["Tokenizer", "cross_entropy", "AdamW", "generate"]  # the last part that each level needs, in order
@@ -171,7 +171,7 @@ def milestones(folder: str | Path, marks: Sequence[Mark]) -> list[str]:
     if kept.is_file() and (known := json.loads(kept.read_text(encoding="utf-8")))[0] == digest:
         return known[1]
     said, place = [], ""
-    for event, value in events("tinylm.course:live", str(folder), level, time_limit=600.0):
+    for event, value in events("tinylm.course:_live", str(folder), level, time_limit=600.0):
         place = value if event == "at" else place
         if event != "at":
             said.append(value if event == "milestone" else f"{place}: {value}")
@@ -198,7 +198,7 @@ def score(folder: str | Path, marks: Sequence[Mark]) -> str:
         lines += [f"{'':35}it prints: {text}" for text in mark.printed[:1]]
     points, of = sum(mark.points for mark in marks), sum(len(mark.cases) for mark in marks)
     lines += ["", f"score: {points} of {of} points", following or "All parts are right."]
-    return "\n".join([*lines, *(f"* {text}" for text in milestones(folder, marks))])
+    return "\n".join([*lines, *(f"* {text}" for text in _milestones(folder, marks))])
 
 
 def class_table(folders: dict[str, list[Mark]]) -> str:
