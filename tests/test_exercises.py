@@ -38,8 +38,8 @@ def test_the_table_is_in_the_order_of_the_chapters_and_holds_the_books_parts():
     assert all(len(part.mistakes) >= 4 for part in PARTS.values())
     own = [name for name, part in PARTS.items() if part.book is not part.answer]
     assert own == ["get_batch", "Tokenizer", "train_bpe", "Linear", "Embedding", "RMSNorm", "SwiGLU", "softmax", "RoPE",
-                   "attention", "MultiHeadSelfAttention", "TransformerBlock", "TransformerLM", "cross_entropy", "cosine_lr",
-                   "clip_grad_norm", "AdamW", "KVCache", "temper", "keep_top_p", "generate", "Muon"]
+                   "attention", "MultiHeadSelfAttention", "TransformerBlock", "TransformerLM", "cross_entropy",
+                   "cosine_lr", "clip_grad_norm", "AdamW", "KVCache", "temper", "keep_top_p", "generate", "Muon"]
 
 
 @pytest.mark.parametrize("name", PARTS)

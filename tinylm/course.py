@@ -122,7 +122,7 @@ def mark_folder(folder: str | Path, names: Sequence[str] = (), time_limit: float
     return [marks[name] for name in names or places()]
 
 
-def _live(send: Callable[..., None], folder: str, level: int, steps: int = 400) -> None:
+def _live(send: Callable[..., None], folder: str, level: int, steps: int = 300) -> None:
     """In a child process, show what a student's parts can do together, up to a level of 1 to 4."""
     use: dict[str, Any] = {}
     with redirect_stdout(StringIO()):
@@ -130,8 +130,8 @@ def _live(send: Callable[..., None], folder: str, level: int, steps: int = 400) 
             send("at", f"loading {places()[name]}")
             if (path := Path(folder, places()[name])).is_file():
                 use[PARTS[name].answer.__name__] = load(str(path), name)
-        send("at", "your tokenizer on 400 fables")
-        tokenizer, tokens = learn_tokens(use, f"\n{END_OF_TEXT}\n".join(fables(400, seed=0)))
+        send("at", "your tokenizer on 200 fables")
+        tokenizer, tokens = learn_tokens(use, f"\n{END_OF_TEXT}\n".join(fables(200, seed=0)))
         ids = list(tokenizer.encode(SENTENCE))
         send("milestone", "your tokens: " + "|".join(tokenizer.decode([i]) for i in ids))
         if level < 2:
