@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test book export lab docs bench ablations references clean
+.PHONY: help demo test book export lab docs bench ablations references model clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## / \t/'
@@ -47,23 +47,30 @@ bench: .venv/dev  ## measure tinylm beside other tools
 	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
 
 SAMPLE := data/tinystories-head.txt.gz
+SAMPLE_V2 := data/tinystories-v2.txt.gz
 SAMPLE_VALID := data/tinystories-head-valid.txt.gz
 FIRST = awk -v n=$(1) '{ print } /^<[|]endoftext[|]>/ && !--n { exit }'
-$(SAMPLE) $(SAMPLE_VALID): | .venv/run
+$(SAMPLE) $(SAMPLE_V2) $(SAMPLE_VALID): | .venv/run
 	$(BIN)/tinylm data --corpus tinystories
 	$(call FIRST,19136) data/tinystories/TinyStoriesV2-GPT4-train.txt | gzip > $(SAMPLE)
+	$(call FIRST,10947) data/tinystories/TinyStoriesV2-GPT4-train.txt | gzip > $(SAMPLE_V2)
 	$(call FIRST,3000) data/tinystories/TinyStoriesV2-GPT4-valid.txt | gzip > $(SAMPLE_VALID)
 
 # where records are made anew; what has a record there is not run again
 FRESH := runs/fresh
-ablations: .venv/run $(SAMPLE) $(SAMPLE_VALID)  ## run the plans of chapter 06 anew, TinyStories on your own download (hours)
+ablations: .venv/run $(SAMPLE) $(SAMPLE_V2) $(SAMPLE_VALID)  ## run the plans of chapter 06 anew, TinyStories on your own download (hours)
 	$(BIN)/tinylm ablate --plan data/results/ablations/plan.json --out $(FRESH)/ablations/tinystories --corpus $(SAMPLE) --val_corpus $(SAMPLE_VALID)
+	$(BIN)/tinylm ablate --plan data/results/ablations/plan-v2.json --out $(FRESH)/ablations/v2 --corpus $(SAMPLE_V2) --val_corpus $(SAMPLE_VALID)
 	$(BIN)/tinylm ablate --plan data/results/ablations/plan-fables.json --out $(FRESH)/ablations/fables
 
 references: .venv/run  ## train anew the runs that tinylm compare knows (half an hour)
 	$(BIN)/tinylm search --preset debug --lrs 0.02 --seeds 0,1,2,3,4 --out $(FRESH)/bands
 	$(BIN)/tinylm search --preset laptop --lrs 0.01 --seeds 0,1,2,3,4 --out $(FRESH)/bands
 	$(BIN)/python -c "from tinylm.ablations import write_references as w; w('$(FRESH)/bands', '$(FRESH)/bands.json')"
+
+model: .venv/run  ## train anew the small model that comes with the package (about ten minutes)
+	$(BIN)/tinylm train --preset fast --cosine_cycle_iters 4000 --run_dir runs/model
+	$(BIN)/python -c "from tinylm.train import SHIPPED, save_int8 as s; s('runs/model', SHIPPED)"
 
 clean:  ## remove everything that was built, .venv included
 	rm -rf .venv _docs _proc .quarto build dist *.egg-info runs

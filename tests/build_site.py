@@ -19,7 +19,6 @@ import yaml
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).parent.parent
-INDEX = '<meta charset="utf-8"><title>tinylm</title><meta http-equiv="refresh" content="0; url=README.html">\n'
 FILTER_ALL = """
 import json, _filter
 paths = sorted(_filter.Path.cwd().glob("*.ipynb"))
@@ -36,8 +35,6 @@ def build(root: Path = ROOT) -> Path:
         subprocess.run(["quarto", "render"], cwd=root, env=os.environ | {"QUARTO_PYTHON": sys.executable}, check=True)
     else:
         stand_in(root, out)
-    if not (out / "index.html").exists():
-        (out / "index.html").write_text(INDEX, encoding="utf-8")
     return out
 
 

@@ -2,6 +2,8 @@
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
+from conftest import ROOT
 
 import tinylm.optim
 import tinylm.rope
 import tinylm.train
 from tinylm.ablations import BASE, SWEEPS, Plan, Result, _Processes, by_group, compare_run, load_plans
-from tinylm.ablations import paired_difference, plot_forest, results_table, run_name, run_plan, run_sweep
+from tinylm.ablations import paired_difference, results_table, run_name, run_plan, run_sweep
 from tinylm.ablations import search_results, variants
 from tinylm.data import END_OF_TEXT, InputError, fables
 from tinylm.train import PRESETS, prepare, read_metrics, train
@@ -37,7 +39,9 @@ def test_a_variant_is_named_or_made_of_fields():
     assert named == by_field and two.lr == 0.5 and not two.use_rope
     for wrong in ("post-nrom", "nrom=post", ""):
         with pytest.raises(InputError, match="there are baseline, post-norm"):
-            Plan(BASE, (wrong,), seeds=(1,)).fresh([])
+            Plan(BASE, (wrong,), seeds=(1,)).runs([])
+    with pytest.raises(InputError, match="num_heads is 'two'; expected something like num_heads=4"):
+        variants(BASE, ["num_heads=two"])
 
 
 def test_a_plan_begins_with_the_preset_that_it_names(tmp_path):
@@ -66,21 +70,239 @@ def test_a_lucky_single_run_is_no_baseline():
     assert gap.values == pytest.approx([0.5, 0.4, 0.6]) and str(gap) in results_table(results).splitlines()[-1]
 
 
-def test_a_forest_plot_counts_the_runs_that_diverged_and_averages_no_others():
-    results = made_up({("baseline", 0.01): [2.0, 2.1, 2.2], ("nope", 0.01): [2.5, 2.5, 2.8],
-                       ("no-norm", 0.01): [np.inf, 2.4, np.inf]})
-    axis = plot_forest(results, Figure().add_subplot())
-    assert len(axis.containers) == 1  # one mean with its interval, that of nope
-    assert [label.get_text() for label in axis.get_yticklabels()][1] == "no-norm, lr 0.01\n2 of 3 diverged"
+def test_a_table_counts_the_runs_that_diverged_and_averages_no_others():
+    results = made_up({("baseline", 0.01): [2.0, 2.1, 2.2], ("no-norm", 0.01): [np.inf, 2.4, np.inf]})
     assert [cell.strip() for cell in results_table(results).splitlines()[-1].split("|")[3:-1]] == ["3", "2", "", "", ""]
 
 
-def test_sensitivity_needs_no_even_rates_and_every_search_may_fail():
-    even = made_up({("even", 10.0**-k): [abs(k - 3.0)] for k in (1, 2, 3, 4, 5)})
-    finer = made_up({("finer", 10.0**-k): [abs(k - 3.0)] for k in (1, 1.5, 2, 3, 3.25, 4, 5)})
-    assert [s["sensitivity"] for s in search_results(even + finer).values()] == pytest.approx([1, 1])
-    lost = search_results(made_up({("baseline", lr): [np.inf] for lr in (0.1, 0.2)}))["baseline"]
-    assert lost["best"] is None and lost["edge"] == 0.1 and lost["advice"] == "try lower rates"
+def test_a_best_rate_at_an_end_of_the_range_is_told_and_every_search_may_fail():
+    found = search_results(made_up({("a", 0.1): [2], ("a", 0.2): [1], ("b", 0.1): [np.inf], ("b", 0.2): [np.inf]}))
+    assert found["a"] == {"best": 0.2, "edge": None, "advice": "try higher rates"}
+    assert found["b"] == {"best": None, "edge": 0.1, "advice": "try lower rates"}
+
+
+@pytest.mark.parametrize("text", [
+    "[]", "3", "{", '{"a": 3}', '{"a": {"lrs": 5}}', '{"a": {"lrs": "fast"}}', '{"a": {"rates": [1]}}',
+    '{"a": {"base": 5}}', '{"a": {"base": {"colour": 1}}}', '{"a": {"seeds": ["x"]}}',
+    '{"a": {"variants": ["nrom=post"], "seeds": [1]}}',
+])
+def test_what_is_no_plan_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="plan.json: (no plan|cannot read)") as error:
+        load_plans(tmp_path / "plan.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("x.json", "[]"), ("x.json", "{}"), ("x.json", '{"config": 3, "corpus": {}, "curve": []}'), ("x.json", "\x00"),
+    ("x.json", '{"config": {"preset": "debug", "seed": 0}, "corpus": {"name": "fables", "sha256": ""}, "curve": [1]}'),
+    ("x/config.json", "{}"), ("x/config.json", '{"data": {"name": "fables"}, "preset": "debug"}'), ("x/notes.txt", "a"),
+])
+def test_what_is_no_run_is_refused_in_one_line(tmp_path, name, text):
+    (tmp_path / "x").mkdir()
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="neither the folder of a run nor the record|cannot read") as error:
+        compare_run(tmp_path / name.partition("/")[0])
+    assert "\n" not in str(error.value)
+
+
+# the text of the chapter: its numbers and verdicts follow from the records
+
+RESULTS = ROOT / "data/results/ablations"
+QUOTED = """1.3233 1.1614 1.3347 1.1831 1.3944 1.2588 1.3640 1.2173 1.5351 1.5458 0.011 0.041 0.0053 1.32
+    0.041 0.082 0.001 0.015 0.038 0.623 0.10 0.15 1.338 1.585 1.353 0.061 0.057 0.002 1.4885 5.81 1.684 1.349 0.010
+    1.390 0.000 0.020 0.008 0.0005 0.70 2.46 1.58 2.78 1.96 327.7 0.05""".split()  # the source's, others', Student's
+
+
+def read_state(results: Path) -> tuple[dict, dict]:
+    "The results of the plans, after a look whether each record is of the run that its name tells."
+    for path in results.glob("*/*.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))["config"]
+        known = {name: config[name] for name in vars(BASE) if name in config}
+        assert path.stem == run_name(replace(BASE, **known)), path
+    state = []
+    for file, folder, corpus in (("plan.json", "tinystories", "tinystories-sample"),
+                                 ("plan-fables.json", "fables", "fables")):
+        plans = load_plans(RESULTS / file, corpus=corpus)
+        state.append({name: plan.results(results / folder) for name, plan in plans.items()})
+        every = [r for plan in state[-1].values() for part in plan for r in part]
+        same = {(r.record["corpus"]["valid_sha256"], r.record["config"]["vocab_size"]) for r in every}
+        assert len({sha for sha, _ in same}) == 1, "one text to validate on"
+        assert all(r.seed == r.record["config"]["seed"] and r.lr == r.record["config"]["lr"] for r in every)
+    return state[0], state[1]
+
+
+def facts(results: Path) -> list[str]:
+    "Sentences that must stand in the chapter as they are, with numbers and verdicts from the records."
+    stories, tales = read_state(results)
+
+    def pm(gap, digits=3):
+        return f"{gap.mean:.{digits}f} ± {gap.half_width:.{digits}f}".replace("-0.", "0.")
+
+    rows = by_group(stories["rows"][1] + stories["source's rates"][1])
+    fables_rows = by_group([r for _, fresh in tales.values() for r in fresh])
+    base, fables_base = rows["baseline", 0.01], fables_rows["baseline", 0.02]
+    ours = {group: paired_difference(losses, base) for group, losses in rows.items()}
+    theirs = {group: paired_difference(losses, fables_base) for group, losses in fables_rows.items()}
+    dead = [sum(np.isinf(list(fables_rows["no-norm", lr].values()))) for lr in (0.02, 0.01)]
+    assert dead == [5, 2]
+    said = [f"| {np.mean(list(base.values())):.3f} | {np.mean(list(fables_base.values())):.3f} | sizes differ"]
+    for name, low in (("post-norm", "post-norm"), ("nope", "nope"), ("silu", "silu"), ("no-norm-low-lr", None)):
+        one, two = ours[name, 0.01 if low else 0.00375], theirs[name, 0.02 if low else 0.0075]
+        said.append(f"| +{pm(one)} | +{pm(two)} |")
+    said.append(f"| +{pm(ours['no-norm', 0.01])} | diverges, {dead[0]} of 5 |")
+
+    rates = {r.lr: r.loss for r in stories["rates"][0]}
+    counts = json.loads((results / "token-counts.json").read_text(encoding="utf-8"))
+    assert min(rates, key=rates.get) == 0.01 and all(map(np.isfinite, rates.values()))
+    at_step = [rates[0.1], rates[0.3], *(r.loss for n in ("batch 8", "batch 32") for r in stories[n][0] if r.lr == 0.1),
+               *(r.loss for r in stories["rows"][0] if r.lr == 0.1 and r.variant in ("nope", "silu"))]
+    assert len(at_step) == 6 and max(at_step) - min(at_step) < 0.03
+    said += [f"The best rate is 0.01 ({rates[0.01]:.3f}), with 0.02 a hair behind ({rates[0.02]:.3f})",
+             f"the loss is {rates[0.003] - rates[0.01]:.2f} higher, "
+             f"at three times the rate {rates[0.03] - rates[0.01]:.2f}",
+             f"Near {counts['unigram']:.2f} is what counting tokens", f"at {rates[1]:.1f} and {rates[3]:.1f}",
+             f"lies at {np.mean(at_step):.2f}", f"from the one before it, gives {counts['bigram']:.2f}"]
+    by_batch = [{r.lr: r.loss for r in stories[name][0]} for name in ("batch 8", "rates", "batch 32")]
+    assert [min(losses, key=losses.get) for losses in by_batch] == [0.01, 0.01, 0.02]
+    ahead = [losses[0.01] - losses[0.02] for losses in by_batch]
+    spread = np.std(list(base.values()), ddof=1)
+    said += ["0.02 is ahead of 0.01 by {:.3f}, {:.3f} and {:.3f}".format(*ahead), f"scatter by {spread:.3f}"]
+
+    five = [ours[name, 0.01].mean for name in ("nope", "no-norm", "post-norm", "silu")]
+    assert five == sorted(five, reverse=True) and int(five[0] / five[1]) == 7
+    assert all(ours[name, 0.01].mean > ours[name, 0.01].half_width for name in ("nope", "no-norm", "post-norm"))
+    assert all(abs(ours["silu", lr].mean) < ours["silu", lr].half_width for lr in (0.01, 0.02))
+    late = {seed: np.mean([row["train_loss"] for row in r.record["curve"][-10:]])
+            for r in stories["rows"][1] if (r.variant, r.lr) == ("baseline", 0.01) for seed in [r.seed]}
+    said += ["**Refuted in part (TinyStories, five paired seeds)", f"{pm(ours['nope', 0.01])} behind without them",
+             f"{pm(ours['no-norm', 0.01])} behind without them, {pm(ours['post-norm', 0.01])} with",
+             f"**Gate:** {pm(ours['silu', 0.01])}", f"own best rate too ({pm(ours['silu', 0.02])})",
+             f"is {pm(ours['no-norm-low-lr', 0.00375])} behind; the baseline itself loses "
+             f"{rates[0.003] - rates[0.01]:.2f} at 0.003 and {rates[0.005] - rates[0.01]:.2f} at 0.005",
+             f"higher than those by {np.mean(list(late.values())) - np.mean(list(base.values())):.2f}"]
+
+    above = {(r.variant, r.lr, r.seed): r.record["curve"][-1]["story_loss"] - r.record["curve"][-1]["floor"]
+             for _, fresh in tales.values() for r in fresh if np.isfinite(r.loss)}
+
+    def times(name, lr, digits):
+        def logs(*group):
+            return {seed: np.log(above[*group, seed]) for seed in range(1, 6)}
+
+        gap = paired_difference(logs(name, lr), logs("baseline", 0.02))
+        ratio, low, high = (np.exp(gap.mean + k * gap.half_width) for k in (0, -1, 1))
+        return f"{ratio:.{digits}f}", f"({low:.{digits}f} to {high:.{digits}f})"
+
+    even = paired_difference(fables_rows["post-norm", 0.01], fables_rows["baseline", 0.01])
+    found = {(r.variant, r.lr): r.loss for r in tales["rows"][0]}
+    mean_above = np.mean([above["baseline", 0.02, seed] for seed in range(1, 6)])
+    assert abs(even.mean) < even.half_width and abs(theirs["silu", 0.02].mean) < theirs["silu", 0.02].half_width
+    said += ["**Confirmed for norms and positions (Fables, five paired seeds).**",
+             f"Post-norm is {pm(theirs['post-norm', 0.02])} behind", f"at half that rate ({pm(even)})",
+             f"**Positions:** {pm(theirs['nope', 0.02])} behind. The baseline ends {mean_above:.3f} above",
+             "{} times as much is left to learn {}".format(*times("nope", 0.02, 1)),
+             "{}, or {} times as much left to learn {}".format(pm(theirs["silu", 0.02]), *times("silu", 0.02, 2)),
+             "{} behind, or {} times {}".format(pm(theirs["no-norm-low-lr", 0.0075]),
+                                                *times("no-norm-low-lr", 0.0075, 2)),
+             f"baseline {found['baseline', 0.01] - found['baseline', 0.02]:.4f} better at 0.02",
+             f"say 0.02 ({pm(theirs['baseline', 0.01], 4)})"]
+
+    ends = [[r.record["curve"][-1] for r in runs if r.variant == "no-norm" and np.isinf(r.loss)] for runs in
+            (stories["ceiling"][0], [r for part in tales["rows"] for r in part])]
+    lowest, highest = (bound(end["lr"] for part in ends for end in part) for bound in (min, max))
+    steps = [end["step"] for end in ends[0]]
+    alive = [r for r in stories["ceiling"][0] if r.variant != "no-norm"]
+    assert [len(part) for part in ends] == [9, 9] and all(np.isfinite(r.loss) for r in alive)
+    said += [f"passes about {lowest:.3f} to {highest:.3f}", f"after {min(steps)} to {max(steps)} steps",
+             f"none of {len(alive)} runs"]
+    groups = by_group(stories["warm-up"][0])
+    kept, ahead = (paired_difference(groups[name, lr], groups["baseline", lr])
+                   for name, lr in (("warmup_iters=0", 0.01), ("post-norm", 0.003)))
+    lost = groups["norm=post+warmup_iters=0", 0.01].values()
+    assert max(lost) - min(lost) < 2e-3 and ahead.mean + ahead.half_width < 0 < kept.half_width - abs(kept.mean)
+    said += [f"behind itself by {pm(kept)}", f"three runs end at {np.mean(list(lost)):.3f}",
+             f"*ahead* of the baseline, by {pm(ahead)}"]
+
+    def price(r):
+        return r.record["probes"]["second_half_after_shuffle"] - r.record["probes"]["second_half"]
+
+    assert min(map(price, stories["rows"][1])) > 0.07
+    blind = sorted(price(r) for r in stories["rates"][0] if r.lr >= 1)
+    far = {name: np.mean([r.record["probes"]["loss_by_position"][11:] for r in stories["rows"][1]
+                          if (r.variant, r.lr) == (name, 0.01)]) for name in ("baseline", "nope")}
+    said += [f"pay {blind[0]:+.3f} and {blind[1]:+.3f}", f"the baseline is at {far['baseline']:.2f}",
+             f"the model without positions is at {far['nope']:.2f}", "at least 0.07 on every seed"]
+
+    length = {n: by_group(stories[f"length {n}"][0]) for n in (250, 500, 1000, 2000, 4000)}
+    gaps = {(v, n): paired_difference(length[n][v, 0.01], length[n]["baseline", 0.01])
+            for v in ("nope", "silu") for n in length}
+    two, four = (dict(enumerate(gaps["nope", n].values)) for n in (1000, 2000))
+    change = paired_difference(four, two)
+    assert max(change.values) < 0 and gaps["nope", 500].mean > gaps["nope", 250].mean
+    said += ["**Half confirmed (three seeds)",
+             f"**Gate:** {pm(gaps['silu', 250])} after half a million tokens, {pm(gaps['silu', 1000])} after two",
+             f"**Positions:** {pm(gaps['nope', 250])} after half a million, {pm(gaps['nope', 1000])} after two, "
+             f"{pm(gaps['nope', 2000])} after four", f"by {pm(change)})", f"{gaps['nope', 4000].mean:.2f} after eight"]
+    large = [{r.variant: r.loss for r in stories[f"reference {n}"][0]} for n in (50, 100, 200)]
+    grow, shrink = ([f"{run[v] - run['baseline']:.3f}" for run in large] for v in ("nope", "silu"))
+    return [*said, f"take the loss to {large[2]['baseline']:.2f}", f"({', '.join(grow)})", f"({', '.join(shrink)})"]
+
+
+def test_every_number_and_verdict_of_the_chapter_follows_from_the_records():
+    cells = json.loads((ROOT / "nbs/06_ablations.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    said = facts(RESULTS)
+    assert [fact for fact in said if fact not in text] == []
+    prose = re.sub(r"\(http[^)]*\)|`[^`]*`|\$[^$]*\$", "", text)
+    known = {number for fact in said for number in re.findall(r"\d+\.\d+", fact)} | set(QUOTED)
+    rates = {f"{lr:g}" for lr in (0.003, 0.005, 0.01, 0.02, 0.03, 0.1, 0.3, 0.001, 0.00375, 0.009)}  # and a few bounds
+    few = {"0.5", "0.2", "0.03", "22.7", "1.1", "1.8", "6.1", "6.2", "6.3", "0.07", "1.6"}
+    assert sorted(set(re.findall(r"\d+\.\d+", prose)) - known - rates - few) == []
+
+
+def swapped_rows(records: Path):
+    one, other = (next(records.glob(f"tinystories/*-{kind}-lr0.01-seed3-*.json")) for kind in
+                  ("pre-nope-swiglu", "post-rope-swiglu"))
+    first, second = (json.loads(path.read_text(encoding="utf-8")) for path in (one, other))
+    first["curve"], second["curve"] = second["curve"], first["curve"]
+    for path, record in ((one, first), (other, second)):
+        path.write_text(json.dumps(record), encoding="utf-8")
+
+
+def changed_config(**changes):
+    def plant(records: Path):
+        path = next(records.glob("fables/*-pre-nope-swiglu-lr0.02-seed2-*.json"))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["config"] |= changes
+        path.write_text(json.dumps(record), encoding="utf-8")
+    return plant
+
+
+def shifted_seeds(records: Path):
+    paths = [next(records.glob(f"fables/*-pre-nope-swiglu-lr0.02-seed{seed}-*.json")) for seed in (1, 2, 3, 4, 5)]
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    for path, record, other in zip(paths, read, read[1:] + read[:1], strict=True):
+        path.write_text(json.dumps(record | {"curve": other["curve"]}), encoding="utf-8")
+
+
+def other_windows(records: Path):
+    path = next(records.glob("tinystories/*-pre-nope-swiglu-lr0.01-seed1-*.json"))
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["corpus"]["valid_sha256"] = "0" * 64
+    path.write_text(json.dumps(record), encoding="utf-8")
+
+
+@pytest.mark.parametrize("plant", [swapped_rows, shifted_seeds, changed_config(seed=1), changed_config(eval_windows=64),
+                                   other_windows])
+def test_faults_planted_in_the_records_are_seen(tmp_path, plant):
+    shutil.copytree(RESULTS, tmp_path / "records")
+    right = facts(tmp_path / "records")
+    plant(tmp_path / "records")
+    try:
+        seen = facts(tmp_path / "records") != right
+    except AssertionError:  # a record that is not what its name says, or a verdict that no longer holds
+        seen = True
+    assert seen
 
 
 # real runs, in real processes
@@ -157,7 +379,7 @@ def test_the_death_of_a_process_costs_no_other_run_and_the_same_call_goes_on(tin
     killer = threading.Thread(target=kill_one)
     killer.start()
     plan = Plan(tiny, ("baseline",), lrs=(0.01, 0.02, 0.03), seeds=(1,))
-    with _Processes(jobs=2) as executor:
+    with _Processes(2) as executor:
         failures = run_plan(plan, tmp_path, executor)
         killer.join()
         assert len(failures) == 1 and len(losses(tmp_path)) == 2  # and no fresh seeds at a rate that may be wrong

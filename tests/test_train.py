@@ -46,7 +46,8 @@ FIXED = {"vocab_size": 401, "context_length": 16, "d_model": 32, "num_layers": 2
          "rope_theta": 1.0, "norm": "post", "use_rope": False, "ffn": "silu", "seed": 5, "lr": 0.1, "min_lr": 0.0,
          "batch_size": 8, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.1, "warmup_iters": 4,
          "cosine_cycle_iters": 90, "max_l2_norm": 2.0, "grad_accum_steps": 2,
-         "optimizer": "muon", "muon_lr": 0.1, "schedule": "linear", "windows": "stories", "dtype": "bfloat16", "eval_windows": 4}
+         "optimizer": "muon", "muon_lr": 0.1, "schedule": "linear", "windows": "stories",
+         "dtype": "bfloat16", "eval_windows": 4, "num_kv_heads": 1, "tie_embeddings": True, "qk_norm": True}
 
 
 def test_another_config_is_refused_by_name_and_a_free_field_is_not(config):
@@ -225,7 +226,8 @@ def test_what_this_machine_cannot_do_stops_before_the_run_folder_is_made(config,
 
 
 @pytest.mark.parametrize("name, value", [
-    ("weight_decay", float("nan")), ("muon_lr", 0.0), ("lr", float("inf")), ("lr", 0.0), ("beta1", 1.0), ("min_lr", 1.0),
+    ("weight_decay", float("nan")), ("muon_lr", 0.0), ("lr", float("inf")), ("lr", 0.0), ("beta1", 1.0),
+    ("min_lr", 1.0),
     ("batch_size", 0), ("log_every", 0), ("max_steps", 0), ("seed", -1), ("warmup_iters", 60),
     ("grad_accum_steps", 3), ("max_minutes", 0.0),
 ])

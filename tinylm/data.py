@@ -80,8 +80,7 @@ def _write_texts(home: Path, facts: dict, tell: Callable) -> dict[str, Path]:
     def find() -> dict[str, Path] | None:
         with suppress(InputError, OSError):  # not made yet, or damaged
             sizes = {split: path.stat().st_size for split, path in paths.items()}
-            if read_json(note) == {**facts, "bytes": sizes}:
-                return paths
+            return paths if read_json(note) == {**facts, "bytes": sizes} else None
         return None
 
     def make() -> None:
@@ -138,9 +137,9 @@ def _download(repo: str, name: str, home: Path) -> Path:
             os.replace(path, target)
         except Exception as err:  # network errors differ between the library's versions
             why = " ".join(str(err).split())[:200] or type(err).__name__
-            source = f"{hub.constants.ENDPOINT} ({why})"
-            raise InputError(f"{name}: cannot download from {source}; check the "
-                             "network and HF_ENDPOINT, or use your own file") from err
+            raise InputError(f"{name}: cannot download from {hub.constants.ENDPOINT} "
+                             f"({why}); check the network and HF_ENDPOINT, or use your "
+                             "own file") from err
         finally:
             shutil.rmtree(incomplete, ignore_errors=True)
 
@@ -153,10 +152,8 @@ _HUB = {  # corpus -> dataset, and its files, {} being the split
 }
 
 
-def corpus_name(
-    corpus: str,  # "fables", "tinystories", "owt", or a path
-) -> str:  # a short name: of a path, its last part without its ending
-    """Give the name under which a corpus is filed."""
+def corpus_name(corpus: str) -> str:
+    """Give the name under which a corpus is filed: of a path, its last part."""
     name = re.sub(r"\.txt(\.gz)?$", "", Path(corpus).name)
     return f"my-{name}" if name != corpus and name in ("fables", *_HUB) else name
 
@@ -173,8 +170,8 @@ def fetch_corpus(
     if corpus == "fables":
         facts: dict = {"grammar_sha256": hashlib.sha256(TEXT.encode()).hexdigest()}
         facts |= {s: {"stories": n, "seed": seed} for s, (n, seed) in _STORIES.items()}
-        told = {split: fables(*about) for split, about in _STORIES.items()}
-        paths = _write_texts(home, facts, lambda: told)
+        paths = _write_texts(
+            home, facts, lambda: {s: fables(*about) for s, about in _STORIES.items()})
     elif corpus in _HUB:
         repo, name = _HUB[corpus]
         paths = {split: _download(repo, name.format(split), home) for split in _STORIES}
@@ -185,9 +182,8 @@ def fetch_corpus(
         open_text(text).close()
         paths = {"train": text}
         if val_corpus is None:
-            sha256 = file_sha256(text)
-            home = Path(folder) / f"{corpus_name(corpus)}-{sha256[:8]}"
-            facts = {"source": text.name, "sha256": sha256}
+            facts = {"source": text.name, "sha256": file_sha256(text)}
+            home = Path(folder) / f"{corpus_name(corpus)}-{facts['sha256'][:8]}"
             paths = _write_texts(home, facts, lambda: _hold_out(text))
     return paths if val_corpus is None else {**paths, "valid": Path(val_corpus)}
 
@@ -213,8 +209,8 @@ def prepare(
             files = [TokenFile.load(folder / f"{split}.bin") for split in texts]
             for file in files:
                 file.check(tokenizer)
-            if [file.sha256 for file in files] == [*sha256.values()]:
-                return tokenizer, *files
+            same = [file.sha256 for file in files] == [*sha256.values()]
+            return (tokenizer, *files) if same else None
         return None
 
     def make() -> None:

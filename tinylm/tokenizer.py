@@ -31,6 +31,7 @@ __all__ = ['Pair', 'PRETOKEN_PATTERN', 'count_pairs', 'merge_word', 'make_vocab'
 
 # %% ../nbs/00_tokenizer.ipynb #a4ec551a
 Pair = tuple[bytes, bytes]  # two neighboring tokens
+_Path = str | os.PathLike[str]
 
 def count_pairs(words: dict[tuple[bytes, ...], int]) -> Counter[Pair]:
     """Count every pair of neighbors, weighted by how often its word occurs.
@@ -59,13 +60,12 @@ PRETOKEN_PATTERN = (
 )
 _find_pretokens = regex.compile(PRETOKEN_PATTERN).findall
 
-# %% ../nbs/00_tokenizer.ipynb #cf71476b
+# %% ../nbs/00_tokenizer.ipynb #e5ce3280
 def _split_special(text: str, special_tokens: Iterable[str]) -> list[str]:
     """Cut at special tokens, the longest first; they get the odd places."""
     names = "|".join(map(regex.escape, sorted(special_tokens, key=len, reverse=True)))
     return regex.split(f"({names})", text) if names else [text]
 
-# %% ../nbs/00_tokenizer.ipynb #e5ce3280
 def make_vocab(merges: list[Pair], special: Iterable[str] = ()) -> dict[int, bytes]:
     """Number the tokens: 256 bytes, the merges in order, the special tokens."""
     tokens = [bytes([byte]) for byte in range(256)] + [a + b for a, b in merges]
@@ -99,7 +99,7 @@ def _bar(what: str, path: Path) -> tqdm:
     return tqdm(None, f"{what} {path.name}", size, unit="B", unit_scale=True, delay=0.5)
 
 def train_bpe(
-    input_path: str | os.PathLike[str],  # the corpus, .txt or .txt.gz, UTF-8
+    input_path: _Path,  # the corpus, .txt or .txt.gz, UTF-8
     vocab_size: int,  # number of tokens wanted: 256 bytes, merges and special tokens
     special_tokens: list[str],  # texts that no merge may touch, such as "<|endoftext|>"
     *,
@@ -115,19 +115,19 @@ def train_bpe(
         raise InputError(f"vocab_size {vocab_size}: too small, give {least} or more")
     most, special = vocab_size - least, [name.encode() for name in special_tokens]
     with open_text(path) as stream, _bar("counting", path) as bar:
-        how = {"num_workers": num_workers, "progress": bar.update}
-        pretokens = count_pretokens(stream, special, **how)
+        pretokens = count_pretokens(
+            stream, special, num_workers=num_workers, progress=bar.update)
     tokens, merges = [bytes([byte]) for byte in range(256)], []
     with tqdm(total=most, desc="merging", unit=" merges", delay=0.5) as bar:
         for a, b in merge_pairs(pretokens, most, bar.update).tolist():
             merges.append((tokens[a], tokens[b]))
             tokens.append(tokens[a] + tokens[b])
     if len(merges) < most:
-        made = f"{least + len(merges)} tokens of {vocab_size}: no pair is left to merge"
-        warnings.warn(f"{path}: {made}", stacklevel=2)
+        warnings.warn(f"{path}: {least + len(merges)} tokens of {vocab_size}: no pair "
+                      "is left to merge", stacklevel=2)
     return make_vocab(merges, special_tokens), merges
 
-# %% ../nbs/00_tokenizer.ipynb #utf80001
+# %% ../nbs/00_tokenizer.ipynb #9afd3155
 def _utf8(text: str) -> bytes:
     """Encode; join surrogate pairs, and replace lone surrogates by U+FFFD."""
     try:
@@ -136,7 +136,6 @@ def _utf8(text: str) -> bytes:
         halves = text.encode("utf-16-le", "surrogatepass")
         return halves.decode("utf-16-le", "replace").encode()
 
-# %% ../nbs/00_tokenizer.ipynb #9afd3155
 class ByteLevelBPE:
     """Turn text into token ids and back."""
 
@@ -203,14 +202,14 @@ def _from_chars(chars: str) -> bytes:
 
 def _from_names(names: dict[str, int], rows: Iterable, special: Iterable[str]) -> tuple:
     """Read a vocabulary and merges in the byte-level alphabet."""
-    as_is = {i: name.encode() for name, i in names.items() if name in special}
-    vocab = {i: _from_chars(name) for name, i in names.items() if name not in special}
-    return vocab | as_is, [(_from_chars(a), _from_chars(b)) for a, b in rows]
+    vocab = {i: name.encode() if name in special else _from_chars(name)
+             for name, i in names.items()}
+    return vocab, [(_from_chars(a), _from_chars(b)) for a, b in rows]
 
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
-_BYTE_LEVEL |= {"trim_offsets": True, "use_regex": True}
-_ADDED = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-_ADDED |= {"special": True}
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+               "use_regex": True}
+_ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+          "special": True}
 
 # %% ../nbs/00_tokenizer.ipynb #5fa3cd6b
 def _read_tokenizer_json(path: Path) -> tuple:
@@ -255,7 +254,7 @@ def _read_tokenizer_json(path: Path) -> tuple:
 class Tokenizer(ByteLevelBPE):
     """Turn text into token ids and back; save and load it; encode whole files."""
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
+    def save(self, folder: _Path) -> Path:
         """Write `tokenizer.json` in Hugging Face's format into the folder."""
         path = Path(folder) / "tokenizer.json"
         special = {i: name for name, i in self.special_tokens.items()}
@@ -264,15 +263,15 @@ class Tokenizer(ByteLevelBPE):
         assert len(vocab) == len(names), "a special token has the name of another token"
         added = [{"id": i, "content": name, **_ADDED} for i, name in special.items()]
         merges = [[byte_chars(token) for token in pair] for pair in self.merges]
-        whole = {"version": "1.0", "added_tokens": added, "pre_tokenizer": _BYTE_LEVEL}
-        model = {"type": "BPE", "vocab": vocab, "merges": merges}
+        whole = {"version": "1.0", "added_tokens": added, "pre_tokenizer": _BYTE_LEVEL,
+                 "decoder": _BYTE_LEVEL,
+                 "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
         with atomic_write(path, "w") as file:
-            whole |= {"decoder": _BYTE_LEVEL, "model": model}
             json.dump(whole, file, ensure_ascii=False, indent=1)
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
+    def load(cls, path: _Path) -> Tokenizer:
         """Read a `tokenizer.json`, or the one in a folder.
 
         Raises `InputError` if Hugging Face's library would give other ids."""
@@ -284,25 +283,24 @@ class Tokenizer(ByteLevelBPE):
 
     @classmethod
     def from_files(
-        cls,
-        vocab_path: str | os.PathLike[str],  # GPT-2's vocab.json
-        merges_path: str | os.PathLike[str],  # GPT-2's merges.txt
-        special_tokens: list[str] | None = None,  # as above
-    ) -> Tokenizer:  # gives the ids that GPT-2's own tokenizer gives
-        """Read the two files in which GPT-2's tokenizer was published."""
+        cls, vocab_path: _Path, merges_path: _Path,
+        special_tokens: list[str] | None = None,
+    ) -> Tokenizer:
+        """Read the two files in which GPT-2's tokenizer was published.
+
+        They are called vocab.json and merges.txt."""
         lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
         rows = [x.split() for x in lines if x.strip() and x[:8] != "#version"]
         vocab, merges = _from_names(read_json(vocab_path), rows, special_tokens or [])
         return cls(vocab, merges, special_tokens)
 
     def encode_file(
-        self,
-        src: str | os.PathLike[str],  # a .txt or .txt.gz file
-        dst: str | os.PathLike[str],  # the token file, NAME.bin, beside it NAME.json
-        *,
-        num_workers: int | None = None,  # threads, None: one per core; same file
-    ) -> TokenFile:  # what was written
-        """Encode a whole file into a token file, in constant memory."""
+        self, src: _Path, dst: _Path, *, num_workers: int | None = None
+    ) -> TokenFile:
+        """Encode a .txt or .txt.gz into a token file, in constant memory.
+
+        That is NAME.bin, with NAME.json beside it. Without `num_workers` there are as
+        many threads as cores; the file is the same."""
         src, path, count = Path(src), _bin_path(dst), 0
         description = path.with_suffix(".json")
         if os.path.realpath(src) in map(os.path.realpath, (path, description)):
@@ -325,7 +323,7 @@ class Tokenizer(ByteLevelBPE):
         return made
 
 # %% ../nbs/00_tokenizer.ipynb #372b9d4f
-def _bin_path(path: str | os.PathLike[str]) -> Path:
+def _bin_path(path: _Path) -> Path:
     return Path(os.fspath(path).removesuffix(".json").removesuffix(".bin") + ".bin")
 
 @dataclass(frozen=True)
@@ -341,7 +339,7 @@ class TokenFile:
     sha256: str  # of the text file as it lies on the disk
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> TokenFile:
+    def load(cls, path: _Path) -> TokenFile:
         """Open a token file by either name; raises `InputError` unless it is whole."""
         path = _bin_path(path)
         try:
