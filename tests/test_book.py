@@ -12,7 +12,7 @@ import pacing
 import pytest
 from conftest import CHAPTERS, ROOT, nbval, runnable_copy, tool
 
-PLAIN = {"core", "cli", "check", "course", "kernels"}  # modules that no notebook exports; each says so in its first line
+PLAIN = {"core", "cli", "check", "course", "kernels"}  # modules that no notebook exports; each says so in its 1st line
 CONTENT = {"exercises", "__init__", "_modidx"}
 LAYERS = [["core", "layers", "rope", "kernels"], ["fables", "tokenizer", "model", "optim", "recipe"],
           ["data", "distributed", "checkpoint"], ["train"], ["generate", "ablations", "export"],

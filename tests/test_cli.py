@@ -84,7 +84,7 @@ SLIPS = [
     ("data tinystorys", "tinystorys"),
     ("data a b", "b quotes"),
     ("tokenize --vocab_siz 300", "--vocab_size"),
-    ("generate", "tinylm|train"),
+    ("export", "tinylm|train"),
     ("generate no/run Once", "no/run"),
     ("generate a b c", "c quotes"),
     ("generate --num 0", "--num 0"),
@@ -144,6 +144,15 @@ def test_what_is_no_run_is_a_prompt(own, capfd):
         said = told(capfd, *[prompt] * bool(prompt))
         assert said.out.startswith(prompt) and "runs/new" in said.err.replace(os.sep, "/")
     assert told(capfd, "runs/old", "Yes/No?").out.startswith("Yes/No?")
+
+
+def test_without_a_run_the_shipped_model_tells(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("tinylm").mkdir()  # a folder that is no run
+    for argv in (["Once upon"], ["tinylm", "Once upon"]):
+        said = told(capfd, *argv)
+        assert said.out.startswith("Once upon") and "tinylm, seed 1" in said.err
+        assert ("no run under runs/ yet" in said.err) == (len(argv) == 1)
 
 
 def test_arguments_may_stand_anywhere_and_seeds_follow_each_other(own, capfd):

@@ -18,7 +18,7 @@ HEAD = ("from __future__ import annotations\nimport json, math, re, statistics, 
 
 def answer(folder, name, words=None):
     "Fill in a part: the right answer, or one with a mistake; what it is made of stays imported from the other files."
-    path, part = Path(folder, course.places()[name]), PARTS[name]
+    path, part = Path(folder, course.PLACES[name]), PARTS[name]
     text = part.source
     for old, new in zip(*[iter(part.mistakes[words] if words else ())] * 2, strict=True):
         text = text.replace(old, new)
@@ -38,16 +38,16 @@ def lm(tmp_path_factory):
 def test_a_new_course_has_a_file_for_each_part_in_the_order_of_the_chapters(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["start", "my-lm"]) == 0 and "tinylm check" in capsys.readouterr().out
-    for name, place in course.places().items():
+    for name, place in course.PLACES.items():
         text = Path("my-lm", place).read_text(encoding="utf-8")
         tree = ast.parse(text)
         assert "raise NotImplementedError" in text and "# region Hint" in text and PARTS[name].chapter in text
         assert ast.get_docstring(next(n for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)))
     own = [name for name in PARTS if name in course.ON_THE_WAY]
-    assert own == sorted(course.ON_THE_WAY, key=list(PARTS).index) and set(course.places()) == set(PARTS)
+    assert own == sorted(course.ON_THE_WAY, key=list(PARTS).index) and set(course.PLACES) == set(PARTS)
     assert "from p06_rmsnorm import RMSNorm" in Path("my-lm/p12_transformerblock.py").read_text(encoding="utf-8")
     readme = Path("my-lm/README.md").read_text(encoding="utf-8")
-    assert all(course.places()[name] in readme for name in course.ON_THE_WAY) and "hours" in readme
+    assert all(course.PLACES[name] in readme for name in course.ON_THE_WAY) and "hours" in readme
     assert "do not solve" in Path("my-lm/AGENTS.md").read_text(encoding="utf-8")
     assert cli.main(["start", "my-lm"]) == 2 and "is there already" in capsys.readouterr().err
 
@@ -93,8 +93,8 @@ ODD = {  # part -> a file, and what is said of it
 
 def test_code_that_does_not_behave_gets_a_line_and_the_rest_is_marked(lm, tmp_path):
     for name, (text, _) in ODD.items():
-        (tmp_path / course.places()[name]).parent.mkdir(exist_ok=True)
-        (tmp_path / course.places()[name]).write_text(text, encoding="utf-8")
+        (tmp_path / course.PLACES[name]).parent.mkdir(exist_ok=True)
+        (tmp_path / course.PLACES[name]).write_text(text, encoding="utf-8")
     marks = {mark.part: mark for mark in course.mark_folder(tmp_path, list(ODD) + ["Muon"], time_limit=5.0)}
     for name, (_, words) in ODD.items():
         assert words is None or words in marks[name].text, marks[name].text

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tinylm.check import Wrong, check, part_names, stub
+from tinylm.check import Wrong, check, stub
 from tinylm.core import InputError
 from tinylm.exercises import PARTS
 
@@ -54,7 +54,7 @@ def test_a_stub_and_an_empty_body_are_told_to_be_filled_in(name):
 
 
 def test_several_stubs_are_one_file_with_all_that_it_needs():
-    text = stub(*part_names())
+    text = stub(*PARTS)
     exec(compile(text, "all.py", "exec"), {})
     assert text.count("import torch\n") == 1 and "    @torch.no_grad()\n    def step" in text
     assert {"from tinylm.ablations import t_quantile", "from tinylm.rope import apply_rope", "import regex"} <= set(

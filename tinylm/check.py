@@ -46,11 +46,6 @@ class Wrong(AssertionError):
         return str(self).splitlines()
 
 
-def part_names() -> list[str]:
-    """List the parts that can be checked, in the order of the chapters."""
-    return list(PARTS)
-
-
 def _find(name: Any) -> str:
     """Find a part's name by it or by the name that its answer has in the book; of NAME:OBJECT, NAME counts."""
     name = str(name).partition(":")[0]
@@ -187,31 +182,29 @@ class Mark:
         return "\n  it prints: ".join([text, *self.printed])
 
 
-_STATE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {  # what belongs to all code of a process
-    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "torch's gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
-    "the working directory": (os.getcwd, os.chdir)}
-
-
 def _changed(run: Callable[[], Any]) -> tuple[Any, str]:
-    """Run something; give its result, and say which global state it has changed, which is set back."""
-    before, said = {name: get() for name, (get, _) in _STATE.items()}, ""
+    """Run something; give its result, and say which state of the whole process it has changed, which is set back."""
+    state: dict[str, tuple[Callable, Callable]] = {
+        "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+        "torch's gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+        "the working directory": (os.getcwd, os.chdir)}
+    before, said = {name: get() for name, (get, _) in state.items()}, ""
     result = run()
-    for name, (get, put) in _STATE.items():
+    for name, (get, put) in state.items():
         if get() != before[name]:
             said = f"it changes {name}, on which all other code depends: leave it as it was"
             put(before[name])
     return result, said
 
 
-def _judge(name: str, answer: Any, on: Callable[..., object] = lambda *event: None) -> Mark:
-    """Run all cases with an answer.
+def _judge(name: str, answer: Any, on: Callable[..., object] = lambda title, said: None) -> Mark:
+    """Run all cases with an answer; before each, `on` hears its title and what was said of the others.
 
     Likely are the mistakes that give what the answer gave, in the first case that differs and in all before it; where
     several do, the later cases decide."""
     part, got, said = PARTS[name], {}, {}
     for title, case in part.cases.items():
-        on("at", f"{name}, case {title!r}", title)
+        on(title, said)
         mine, state = _changed(partial(attempt, case, answer))
         got[title], what = mine, difference(attempt(case, part.answer), mine) or state or None
         if "error" not in mine and (changed := difference(mine, attempt(case, answer))):
@@ -221,7 +214,6 @@ def _judge(name: str, answer: Any, on: Callable[..., object] = lambda *event: No
         if mine.get("error") == "argument":
             what = f"{what}\n  the book's is called as {part.answer.__name__}{inspect.signature(part.answer)}"
         said[title] = what
-        on("case", title, what)
     wrong, likely, off = {w: part.wrong(w) for w in part.mistakes}, list(part.mistakes), False
     for title, mine in got.items():
         if not any(said.values()) or off and len(likely) < 2:
@@ -278,7 +270,7 @@ def _hollow(lines: list[str], tree: Any) -> str:
 
 # Files: each runs in a process of its own.
 
-def load(path: str, name: str) -> Any:
+def _load(path: str, name: str) -> Any:
     """Import a file, once, and take a part from it: NAME, or NAME:OBJECT. Raises InputError."""
     stem, folder = Path(path).stem, str(Path(path).resolve().parent)
     if folder not in sys.path:
@@ -361,18 +353,18 @@ def _mark_jobs(send: Callable[..., None], jobs: list[tuple[str, str]], seed: int
     """Mark parts, each (file, name), in the child process."""
     exercises.SEED = seed
     for path, name in jobs:
-        send("at", path)
-        printed = _Printed()
+        send("at", path, {})
+        printed, mark = _Printed(), Mark(_find(name), {})
         try:
             with redirect_stdout(_Printed()):
-                answer, state = _changed(partial(load, path, name))
+                answer, state = _changed(partial(_load, path, name))
             if state:
                 raise InputError(f"{path}: while it is imported, {state}")
             with redirect_stdout(printed):
-                mark = _judge(_find(name), answer, send)
+                mark = _judge(mark.part, answer, partial(send, "at"))
         except InputError as error:
-            mark = Mark(_find(name), {}, str(error))
-        send("end", mark.error, mark.likely, printed.getvalue().splitlines()[:4])
+            mark.error = str(error)
+        send("mark", mark.error, mark.cases, mark.likely, printed.getvalue().splitlines()[:4])
 
 
 def mark_files(jobs: Iterable[tuple[str, str]], time_limit: float = 30.0, seed: int = 0) -> Iterator[Mark]:
@@ -381,39 +373,48 @@ def mark_files(jobs: Iterable[tuple[str, str]], time_limit: float = 30.0, seed: 
     The time limit is that of a case, or of an import, in seconds; the seed is that of the numbers in the cases."""
     left = list(jobs)
     while left:
-        mark, title = None, ""
-        for event, *values in events("tinylm.check:_mark_jobs", left, seed, time_limit=time_limit):
-            if mark is None and left:
-                key = _find(left[0][1])
-                mark, title = Mark(key, dict.fromkeys(PARTS[key].cases, "")), ""
-            assert mark is not None
+        title, said = "", {}
+        for event, *values in events("tinylm.check:_mark_jobs", left[:], seed, time_limit=time_limit):
             if event == "at":
-                title = values[1] if values[1:] else ""
-            elif event == "case":
-                mark.cases[values[0]] = values[1]
-            elif event in ("stopped", "failed") and title:
+                title, said = values
+                continue
+            path, name = left.pop(0)
+            mark = Mark(_find(name), dict.fromkeys(PARTS[_find(name)].cases, "") | said)
+            if event == "mark":
+                mark.error, said, mark.likely, mark.printed = values
+                mark.cases |= said
+            elif title in mark.cases:
                 mark.cases[title] = values[0]
-            elif event == "end":
-                mark.error, mark.likely, mark.printed = values
             else:
-                mark.error = f"{left[0][0]}: {values[0]}"
-            if event in ("end", "stopped", "failed"):
-                yield mark
-                mark, left = None, left[1:]
-                if event == "failed" or not left:
-                    break
+                mark.error = f"{path}: {values[0]}"
+            yield mark
+            if event != "mark" or not left:
+                break  # with a process that has not ended well; the next one takes what is left
 
 
-def check_file(path: str, names: Iterable[str], time_limit: float = 30.0, seed: int = 0) -> int:
+def check_file(path: str, names: Iterable[str], time_limit: float = 30.0, seed: int = 0, train: bool = False) -> int:
     """Compare parts in a Python file with the book's and print what is found; returns how many are not right.
 
-    Each of the names is NAME, or NAME:OBJECT for what has another name in the file. Raises InputError."""
-    failed = 0
+    Each of the names is NAME, or NAME:OBJECT for what has another name in the file. With `train`, if all are right,
+    also train a small model with them, and one with the book's, and print some losses. Raises InputError."""
+    names, failed = list(names), 0
+    if train and (other := [key for key in map(_find, names) if key not in TRAINABLE]):
+        raise InputError(f"{other[0]} has no place in training; there are: {', '.join(TRAINABLE)}")
     for mark in mark_files([(path, name) for name in names], time_limit, seed):
         if mark.error:
             raise InputError(mark.error)
         print(mark.text)
         failed += not mark.right
+    place = ""
+    for event, value in events("tinylm.check:_train", path, names, time_limit=time_limit) if train and not failed else ():
+        if event == "losses":
+            print("loss at step   " + "".join(f"{step:9}" for step in (1, 10, 20, 30, 40)))
+            for title, curve in {"with yours": value, "with the book's": training_curve({})}.items():
+                print(f"{title:15}" + "".join(f"{x:9.4f}" for x in curve[:1] + curve[9::10]))
+        elif event != "at":
+            print(f"{place}: {value}")
+            failed = 1
+        place = value
     return failed
 
 
@@ -424,36 +425,35 @@ TRAINABLE = ("get_batch", "train_bpe", "Tokenizer", "Linear", "Embedding", "RMSN
              "clip_grad_norm", "AdamW")
 
 
-def learn_tokens(use: Mapping[str, Any], text: str) -> tuple[Any, np.ndarray]:
-    """Train a tokenizer with `use["train_bpe"]` and encode a text with `use["Tokenizer"]`."""
+def train_small(use: Mapping[str, Any], text: str, steps: int, width: int = 32,
+                weights: bool = False) -> tuple[Any, Iterator[tuple[float, Any]]]:
+    """Make a tokenizer for a text, then train a model of 2 layers, with the parts in `use`, by the names of the book.
+
+    Gives the tokenizer, and an iterator over the loss of each batch, before its step, and the model; with `weights`, it
+    begins with the book's."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "fables.txt"
         path.write_text(text, encoding="utf-8")
         tokenizer = use["Tokenizer"](*use["train_bpe"](str(path), 512, [END_OF_TEXT]), [END_OF_TEXT])
-    return tokenizer, np.array(tokenizer.encode(text))
 
+    def losses() -> Iterator[tuple[float, Any]]:
+        tokens, config = np.array(tokenizer.encode(text)), ModelConfig(512, 128, width, 2, width // 16, 3 * width)
+        model, optimizer = use["TransformerLM"](config), None
+        if weights:
+            model.load_state_dict(TransformerLM(config).state_dict(), strict=False)
+        for step in range(1, steps + 1):
+            x, y = use["get_batch"](tokens, 8, config.context_length, rng=np.random.default_rng([0, step]))
+            loss = use["cross_entropy"](model(x), y)
+            yield loss.item(), model
+            optimizer = optimizer or use["AdamW"](model.parameters(), lr=2e-2, weight_decay=1e-4)
+            optimizer.zero_grad()
+            loss.backward()
+            use["clip_grad_norm"](model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = use["cosine_lr"](step, 2e-2, 2e-3, 5, steps)
+            optimizer.step()
 
-def train_small(use: Mapping[str, Any], tokens: np.ndarray, steps: int, width: int = 32,
-                weights: bool = False) -> Iterator[tuple[float, Any]]:
-    """Train a model of 2 layers with the parts in `use`, by the names of the book, and nothing else.
-
-    Gives the loss of each batch, before its step, and the model; with `weights`, it begins with the book's."""
-    config = ModelConfig(512, 128, width, 2, width // 16, 3 * width)
-    model, optimizer = use["TransformerLM"](config), None
-    if weights:
-        model.load_state_dict(TransformerLM(config).state_dict(), strict=False)
-    for step in range(1, steps + 1):
-        x, y = use["get_batch"](tokens, 8, config.context_length, rng=np.random.default_rng([0, step]))
-        loss = use["cross_entropy"](model(x), y)
-        yield loss.item(), model
-        optimizer = optimizer or use["AdamW"](
-            model.parameters(), lr=2e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
-        optimizer.zero_grad()
-        loss.backward()
-        use["clip_grad_norm"](model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = use["cosine_lr"](step, 2e-2, 2e-3, 5, steps)
-        optimizer.step()
+    return tokenizer, losses()
 
 
 def training_curve(answers: Mapping[str, Any], on_step: Callable[[str], object] = lambda step: None) -> list[float]:
@@ -466,9 +466,8 @@ def training_curve(answers: Mapping[str, Any], on_step: Callable[[str], object] 
         part = PARTS[name]
         use[part.answer.__name__] = answers.get(name) or (part.build(use) if part.needs else part.book)
     on_step("encoding the Fables")
-    tokenizer, tokens = learn_tokens(use, f"\n{END_OF_TEXT}\n".join(fables(300, seed=0)))
     losses: list[float] = []
-    for loss, _ in train_small(use, tokens, 40, weights=True):
+    for loss, _ in train_small(use, f"\n{END_OF_TEXT}\n".join(fables(300, seed=0)), 40, weights=True)[1]:
         losses.append(loss)
         if not np.isfinite(loss):
             break
@@ -476,28 +475,8 @@ def training_curve(answers: Mapping[str, Any], on_step: Callable[[str], object] 
     return losses
 
 
-def _train_job(send: Callable[..., None], path: str, names: list[str]) -> None:
+def _train(send: Callable[..., None], path: str, names: list[str]) -> None:
     """Train with the parts in a file, in the child process."""
-    answers = {_find(name): load(path, name) for name in names}
+    answers = {_find(name): _load(path, name) for name in names}
     with redirect_stdout(_Printed()):
         send("losses", training_curve(answers, partial(send, "at")))
-
-
-def train_with(path: str, names: Iterable[str], time_limit: float = 30.0) -> int:
-    """Train a small model with parts in a Python file, and once more with the book's; print some losses of both.
-
-    Names as in `check_file`, but only those of `TRAINABLE`; the time limit is that of a step. Returns 1 if the code in
-    the file failed, else 0. Raises InputError."""
-    if other := [key for key in map(_find, names) if key not in TRAINABLE]:
-        raise InputError(f"{other[0]} has no place in training; there are: {', '.join(TRAINABLE)}")
-    place = ""
-    for event, value in events("tinylm.check:_train_job", path, list(names), time_limit=time_limit):
-        if event in ("stopped", "failed"):
-            print(f"{place}: {value}")
-            return 1
-        if event == "losses":
-            print("loss at step   " + "".join(f"{step:9}" for step in (1, 10, 20, 30, 40)))
-            for title, curve in {"with yours": value, "with the book's": training_curve({})}.items():
-                print(f"{title:15}" + "".join(f"{x:9.4f}" for x in curve[:1] + curve[9::10]))
-        place = value if event == "at" else place
-    return 0

@@ -65,9 +65,12 @@ def _read(kind: Any, verb: str, argv: list[str], default: Any = None, some: bool
     return flags
 
 
-def _newest_run() -> Path:
-    """Find the run under runs/ whose checkpoint is the newest."""
+def _newest_run(shipped: bool = False) -> Path:
+    """Find the run under runs/ whose checkpoint is the newest; without any, the model that the package ships will do."""
     checkpoints = list(Path("runs").glob("*/checkpoints/step-*/state.json"))
+    if not checkpoints and shipped:
+        say("no run under runs/ yet, so the small model that comes with tinylm tells")
+        return Path("tinylm")
     if not checkpoints:
         raise InputError(f"no run under {Path('runs').resolve()}; make one with `tinylm train`, or name one")
     return max(checkpoints, key=lambda path: path.stat().st_mtime_ns).parents[2]
@@ -208,8 +211,9 @@ def _sweep(verb: str, argv: list[str]) -> int:
 class _Generate:
     """Tell stories with a trained model, written as they come.
 
-    RUN is the folder of a run; without it, the newest one under runs/ is taken. PROMPT is how the story begins; without
-    it, the model begins by itself. A prompt with spaces needs quotes."""
+    RUN is the folder of a run, or `tinylm` for the small model that the package ships; without it, the newest run under
+    runs/ is taken, or the shipped model if there is none. PROMPT is how the story begins; without it, the model begins
+    by itself. A prompt with spaces needs quotes."""
 
     run_dir: Annotated[Positional[str], tyro.conf.arg(metavar="[RUN]")] = ""  # a run; what is none is the prompt
     prompt: Annotated[Positional[str], tyro.conf.arg(metavar="[PROMPT]")] = ""  # the story's beginning
@@ -227,10 +231,10 @@ class _Generate:
             raise InputError(f"--num is {self.num}; expected at least 1")
         if sys.stdout is None or self.interactive and sys.stdin is None:
             raise InputError("standard input or output is closed; stories need a place to go, and -i one to come from")
-        is_run = os.path.isfile(os.path.join(self.run_dir, "config.json"))  # False for a prompt too long for a path
+        is_run = self.run_dir == "tinylm" or os.path.isfile(os.path.join(self.run_dir, "config.json"))
         if self.prompt and not is_run:
             raise InputError(f"no run at {self.run_dir}; expected a folder that `tinylm train` made, then the prompt")
-        run, prompt = (Path(self.run_dir), self.prompt) if is_run else (_newest_run(), self.run_dir)
+        run, prompt = (Path(self.run_dir), self.prompt) if is_run else (_newest_run(shipped=True), self.run_dir)
         from tinylm.train import load_run
 
         model, tokenizer, _ = load_run(run, self.device)
@@ -323,41 +327,24 @@ class _Check:
     report: str | None = None  # of folders: also write the points of each case to FILE.xml (JUnit) or FILE.json
 
     def run(self) -> int:
-        from tinylm import course
-        from tinylm.check import check_file, part_names, stub, train_with
+        from tinylm.check import check_file, stub
+        from tinylm.course import PLACES, mark_class
 
         if self.time_limit <= 0:
             raise InputError(f"--time_limit is {self.time_limit}; expected more than 0 seconds")
-        folders = [p for p in self.parts if os.path.isdir(p)] or ["."] * (not self.parts and course.is_course("."))
-        if folders:
-            return self.mark(folders)
+        here = not self.parts and any(map(os.path.isfile, PLACES.values()))
+        if here or self.parts and all(map(os.path.isdir, self.parts)):
+            return int(not mark_class(self.parts or ["."], self.time_limit, self.seed, self.report))
         if not self.parts:
             raise InputError("which part? NAME=FILE.py, or NAME alone for a stub; `tinylm start FOLDER` begins a course; "
-                             f"there are {', '.join(part_names())}")
+                             f"there are {', '.join(PLACES)}")
         if stubs := [part for part in self.parts if "=" not in part]:
             print(stub(*stubs), end="")
         files: dict[str, list[str]] = {}
         for part in self.parts:
             if found := re.fullmatch(r"(.*?)=(.*?)(:\w+)?", part):
                 files.setdefault(found[2], []).append(found[1] + (found[3] or ""))
-        wrong = sum(check_file(path, names, self.time_limit, self.seed) for path, names in files.items())
-        if self.train and not wrong:
-            wrong = sum(train_with(path, names, self.time_limit) for path, names in files.items())
-        return min(wrong, 1)
-
-    def mark(self, folders: list[str]) -> int:
-        """Mark folders of a course."""
-        from tinylm import course
-
-        if other := [p for p in self.parts if p not in folders or not course.is_course(p)]:
-            raise InputError(f"{other[0]} is no folder that `tinylm start` made")
-        if self.report and not self.report.endswith((".xml", ".json")):
-            raise InputError(f"--report is {self.report}; expected a name that ends in .xml or .json")
-        marks = {folder: course.mark_folder(folder, (), self.time_limit, self.seed) for folder in folders}
-        if self.report:
-            course.write_report(self.report, marks, self.seed)
-        print(course.class_table(marks) if len(folders) > 1 else course.score(folders[0], marks[folders[0]]))
-        return int(not all(mark.right for own in marks.values() for mark in own))
+        return min(1, sum(check_file(path, names, self.time_limit, self.seed, self.train) for path, names in files.items()))
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,17 @@ exercises of the chapters, lie in extra/."""
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from importlib import import_module
 from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from tinylm.check import Mark, events, learn_tokens, load, mark_files, stub, train_small
+from tinylm.check import Mark, events, mark_files, stub, train_small
 from tinylm.core import END_OF_TEXT, InputError, atomic_write
 from tinylm.exercises import PARTS
 from tinylm.fables import fables
@@ -31,6 +33,9 @@ WAY = {  # chapter -> its parts on the way, hours, what they unlock
 }
 ON_THE_WAY = [name for names, *_ in WAY.values() for name in names.split()]
 SENTENCE = "There once lived a quiet mouse named Maya. Her home was on a green island."
+
+PLACES = {name: f"p{i:02}_{name.lower()}.py" for i, name in enumerate(ON_THE_WAY, 1)}  # part -> its file in a course
+PLACES |= {name: f"extra/{name.lower()}.py" for name in PARTS if name not in PLACES}
 
 README = """# My language model
 
@@ -59,7 +64,7 @@ TESTS = '''"""`pytest` says here what `tinylm check` says; one part alone: `pyte
 from pathlib import Path
 
 import pytest
-from tinylm.course import mark_folder, places
+from tinylm.course import PLACES, mark_folder
 
 
 @pytest.fixture(scope="session")
@@ -68,25 +73,19 @@ def marks(request):
     return {mark.part: mark for mark in mark_folder(Path(__file__).parent, names)}
 
 
-@pytest.mark.parametrize("name", places())
+@pytest.mark.parametrize("name", PLACES)
 def test_part(name, marks):
     if not marks[name].right:
         pytest.fail(marks[name].text, pytrace=False)
 '''
 
 
-def places() -> dict[str, str]:
-    """Say where in a course's folder each part has its file."""
-    own = {name: f"p{i:02}_{name.lower()}.py" for i, name in enumerate(ON_THE_WAY, 1)}
-    return own | {name: f"extra/{name.lower()}.py" for name in PARTS if name not in own}
-
-
 def start(folder: str) -> Path:
     """Make the folder of a course. Raises InputError if something is there already."""
-    home = {name: Path(place).stem for name, place in places().items() if name in ON_THE_WAY}
+    home = {name: Path(place).stem for name, place in PLACES.items() if name in ON_THE_WAY}
     rows = ["| chapter | files | hours | what it unlocks |", "|---|---|---|---|"]
     for chapter, (names, hours, what) in WAY.items():
-        files = ", ".join(f"`{places()[name]}`" for name in names.split())
+        files = ", ".join(f"`{PLACES[name]}`" for name in names.split())
         rows.append(f"| {chapter} | {files} | {hours:g} | {what} |")
     rows.append(f"| | | **{sum(hours for _, hours, _ in WAY.values()):g}** | |")
     if Path(folder).exists():
@@ -94,49 +93,38 @@ def start(folder: str) -> Path:
     with atomic_write(folder, "dir") as made:
         (made / "extra").mkdir()
         texts = {"README.md": README.format(table="\n".join(rows)), "AGENTS.md": AGENTS, "test_parts.py": TESTS}
-        for name, place in places().items():
-            hint = " ".join(re.findall(r"# (?:Hint: )?(.*)", "".join(re.findall(r"(?m)(?: +# .*\n)+", PARTS[name].source)[:1])))
+        for name, place in PLACES.items():
+            hint = " ".join(re.findall(r"(?m)^    # (?:Hint: )?(.*)", PARTS[name].source))
             hint = hint or "The equation in the task can be written down line by line."
-            text = f"# {name}: chapter {PARTS[name].chapter}\n" + stub(name, home=home)
-            texts[place] = f"{text}\n\n# region Hint: unfold it when you are stuck\n# {hint}\n# endregion\n"
+            texts[place] = (f"# {name}: chapter {PARTS[name].chapter}\n{stub(name, home=home)}\n\n"
+                            f"# region Hint: unfold it when you are stuck\n# {hint}\n# endregion\n")
         for place, text in texts.items():
             (made / place).write_text(text, encoding="utf-8")
     return Path(folder)
 
 
-def is_course(folder: str | Path) -> bool:
-    """Whether a folder was made by `start`."""
-    return any(Path(folder, place).is_file() for place in places().values())
-
-
 def mark_folder(folder: str | Path, names: Sequence[str] = (), time_limit: float = 30.0, seed: int = 0) -> list[Mark]:
-    """Mark the parts in a course's folder, or only those named, each for itself."""
-    there, lost = [], {}
-    for name in names or places():
-        path = Path(folder, places()[name])
-        if path.is_file():
-            there.append((str(path), name))
-        else:
-            lost[name] = Mark(name, dict.fromkeys(PARTS[name].cases, ""), f"{path} is not there")
-    marks = {mark.part: mark for mark in mark_files(there, time_limit, seed)} | lost
-    return [marks[name] for name in names or places()]
+    """Mark the parts in a course's folder, or only those named, each for itself. Raises InputError for another folder."""
+    if not any(Path(folder, place).is_file() for place in PLACES.values()):
+        raise InputError(f"{folder} is no folder that `tinylm start` made")
+    return list(mark_files([(str(Path(folder, PLACES[name])), name) for name in names or PLACES], time_limit, seed))
 
 
 def _live(send: Callable[..., None], folder: str, level: int, steps: int = 300) -> None:
     """In a child process, show what a student's parts can do together, up to a level of 1 to 4."""
     use: dict[str, Any] = {}
     with redirect_stdout(StringIO()):
+        sys.path.insert(0, folder)
         for name in ON_THE_WAY[:-1]:
-            send("at", f"loading {places()[name]}")
-            if (path := Path(folder, places()[name])).is_file():
-                use[PARTS[name].answer.__name__] = load(str(path), name)
+            send("at", f"loading {PLACES[name]}")
+            if Path(folder, PLACES[name]).is_file():
+                title = PARTS[name].answer.__name__
+                use[title] = getattr(import_module(Path(PLACES[name]).stem), title)
         send("at", "your tokenizer on 200 fables")
-        tokenizer, tokens = learn_tokens(use, f"\n{END_OF_TEXT}\n".join(fables(200, seed=0)))
-        ids = list(tokenizer.encode(SENTENCE))
-        send("milestone", "your tokens: " + "|".join(tokenizer.decode([i]) for i in ids))
+        tokenizer, run = train_small(use, f"\n{END_OF_TEXT}\n".join(fables(200, seed=0)), steps, width=64)
+        send("milestone", "your tokens: " + "|".join(tokenizer.decode([i]) for i in tokenizer.encode(SENTENCE)))
         if level < 2:
             return
-        run = train_small(use, tokens, steps, width=64)
         send("at", "your model's first loss")
         first, model = next(run)
         send("milestone", f"your model's first loss: {first:.2f} nats per token; guessing alone has ln 512 = 6.24")
@@ -166,7 +154,7 @@ def _milestones(folder: str | Path, marks: Sequence[Mark]) -> list[str]:
         level += 1
     if not level:
         return []
-    texts = [Path(folder, places()[name]).read_bytes() for name in ON_THE_WAY if name in right]
+    texts = [Path(folder, PLACES[name]).read_bytes() for name in ON_THE_WAY if name in right]
     digest, kept = hashlib.sha256(b"\0".join(texts)).hexdigest(), Path(folder, ".milestones.json")
     if kept.is_file() and (known := json.loads(kept.read_text(encoding="utf-8")))[0] == digest:
         return known[1]
@@ -179,14 +167,13 @@ def _milestones(folder: str | Path, marks: Sequence[Mark]) -> list[str]:
     return said
 
 
-def score(folder: str | Path, marks: Sequence[Mark]) -> str:
+def _score(folder: str | Path, marks: Sequence[Mark]) -> str:
     """Write what a student reads: a line for each part, the next step, and the milestones."""
     lines, chapter, following = [], "", ""
     for mark in marks:
-        place, title = places()[mark.part], PARTS[mark.part].chapter if mark.part in ON_THE_WAY else "extra"
-        if title != chapter:
-            lines.append(f"{title}")
-            chapter = title
+        place, title = PLACES[mark.part], PARTS[mark.part].chapter if mark.part in ON_THE_WAY else "extra"
+        lines += [title] * (title != chapter)
+        chapter = title
         words = f"{mark.points} of {len(mark.cases)}"
         if not mark.right:
             what = mark.error or next(f"{title}: {what}" for title, what in mark.cases.items() if what is not None)
@@ -198,10 +185,10 @@ def score(folder: str | Path, marks: Sequence[Mark]) -> str:
         lines += [f"{'':35}it prints: {text}" for text in mark.printed[:1]]
     points, of = sum(mark.points for mark in marks), sum(len(mark.cases) for mark in marks)
     lines += ["", f"score: {points} of {of} points", following or "All parts are right."]
-    return "\n".join([*lines, *(f"* {text}" for text in _milestones(folder, marks))])
+    return "\n* ".join(["\n".join(lines), *_milestones(folder, marks)])
 
 
-def class_table(folders: dict[str, list[Mark]]) -> str:
+def _class_table(folders: dict[str, list[Mark]]) -> str:
     """Write what a teacher reads: the points of each folder, chapter by chapter."""
     chapters = list(dict.fromkeys(part.chapter for part in PARTS.values()))
     width = max(map(len, folders))
@@ -215,8 +202,21 @@ def class_table(folders: dict[str, list[Mark]]) -> str:
     return "\n".join(lines)
 
 
-def write_report(path: str, folders: dict[str, list[Mark]], seed: int) -> None:
-    """Write the points of each case as JUnit XML (a name that ends in .xml) or as JSON (.json)."""
+def mark_class(folders: Sequence[str], time_limit: float = 30.0, seed: int = 0, report: str | None = None) -> bool:
+    """Mark folders of a course; print the score of one, or a table of several. Returns whether all parts are right.
+
+    A report has the points of each case, as JUnit XML (a name that ends in .xml) or as JSON (.json)."""
+    if report and not report.endswith((".xml", ".json")):
+        raise InputError(f"--report is {report}; expected a name that ends in .xml or .json")
+    marks = {folder: mark_folder(folder, (), time_limit, seed) for folder in folders}
+    if report:
+        _write_report(report, marks, seed)
+    print(_class_table(marks) if len(folders) > 1 else _score(folders[0], marks[folders[0]]))
+    return all(mark.right for own in marks.values() for mark in own)
+
+
+def _write_report(path: str, folders: dict[str, list[Mark]], seed: int) -> None:
+    """Write the points of each case as JUnit XML or as JSON."""
     root, table = ElementTree.Element("testsuites"), {}
     for folder, marks in folders.items():
         suite = ElementTree.SubElement(root, "testsuite", name=folder, tests=str(sum(len(m.cases) for m in marks)),

@@ -7,12 +7,11 @@ then the new text, several times if need be. Cases are made when they are first 
 Their numbers come from `SEED`: another seed, other cases."""
 import ast
 import inspect
-import json
 import math
 import re
-import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,13 +114,11 @@ def call(**inputs: Any) -> Case:
 def layer(make: type[nn.Module], *sizes: Any, use: Callable | None = None, **inputs: Any) -> Case:
     """Make the case of a layer: build it in these sizes, fill it with weights, call it with the inputs, or `use` it."""
     dtype = next((x.dtype for x in inputs.values() if x.is_floating_point()), torch.float32)
-    weights = {name: normal(*p.shape, seed=i, scale=0.5).to(dtype) for i, (name, p) in enumerate(make(*sizes).named_parameters())}
-    shapes = {name: tuple(w.shape) for name, w in weights.items()}
+    shapes = {name: tuple(p.shape) for name, p in make(*sizes).named_parameters()}
+    weights = {name: normal(*shape, seed=i, scale=0.5).to(dtype) for i, (name, shape) in enumerate(shapes.items())}
 
     def case(yours: Callable) -> dict[str, Any]:
         module = yours(*sizes)
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"called with {', '.join(map(str, sizes))}, it should make a module, and gives {module!r}")
         own = dict(module.named_parameters())
         results: dict[str, Any] = {"the list of parameters": {name: tuple(p.shape) for name, p in own.items()}}
         if results["the list of parameters"] == shapes:
@@ -145,9 +142,7 @@ def fresh(make: type[nn.Module], *sizes: int, std: float = 1.0) -> Case:
 
 # 00: data and tokenizer
 
-def get_batch(
-    tokens: np.ndarray, batch_size: int, context_length: int, device: Any = "cpu", rng: np.random.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: Any = "cpu", rng: Any = None):
     """Draw `batch_size` windows of tokens (N,) from random places; return inputs and
     targets, each (batch_size, context_length) and int64, on the device.
 
@@ -163,22 +158,19 @@ def get_batch(
     return x[:, :-1], x[:, 1:]
 
 
+
 def _batches(count: int, batch_size: int, context_length: int, dtype: Any = np.int64) -> Case:
-    def case(draw: Callable) -> dict[str, Any]:
-        tokens = normal(count, scale=1000).abs().numpy().astype(dtype)
-        x, y = draw(tokens, batch_size, context_length, rng=np.random.default_rng(SEED))
-        return {"the inputs": x, "the targets": y}
-    return case
+    tokens, rng = normal(count, scale=1000).abs().numpy().astype(dtype), np.random.default_rng(SEED)
+    return call(tokens=tokens, batch_size=batch_size, context_length=context_length, device="cpu", rng=rng)
 
 
 PARTS["get_batch"] = Part("00_data", get_batch, lambda: {
-    "four windows of five tokens": _batches(50, 4, 5), "windows of one token": _batches(9, 3, 1),
-    "tokens for a single window": _batches(6, 2, 5), "tokens of type uint16": _batches(50, 4, 5, np.uint16)}, {
+    "four windows of five tokens": _batches(50, 4, 5), "tokens for a single window": _batches(6, 2, 5),
+    "tokens of type uint16": _batches(50, 4, 5, np.uint16)}, {
     "the targets are not shifted": ("x[:, 1:]", "x[:, :-1]"),
     "the targets come before the inputs": ("x[:, :-1], x[:, 1:]", "x[:, 1:], x[:, :-1]"),
     "the last place is never drawn": ("- context_length, size", "- context_length - 1, size"),
-    "all windows of a batch begin at the same place": ("size=batch_size)", "size=1).repeat(batch_size)"),
-    "the ids are not int64": ("astype(np.int64)", "astype(np.int32)")})
+    "all windows of a batch begin at the same place": ("size=batch_size)", "size=1).repeat(batch_size)")})
 
 def equal_weights(text: str) -> str:
     """Take the weights out of a grammar's text, so that all options of a rule are
@@ -291,12 +283,10 @@ def _encoder(special: list[str] | None, use: Callable[[Any], dict[str, Any]]) ->
     return lambda make: use(make(dict(vocab), list(tokens), special))
 
 
+
 def _texts(*texts: str, special: list[str] | None = None) -> Case:
-    def use(tokenizer: Any) -> dict[str, Any]:
-        ids = {text: list(tokenizer.encode(text)) for text in texts}
-        return {f"encode({text!r})": ids[text] for text in texts} | {
-            f"decode({list(i)})": tokenizer.decode(i) for i in ids.values()}
-    return _encoder(special, use)
+    return _encoder(special, lambda tokenizer: {f"encode({text!r})": list(tokenizer.encode(text)) for text in texts} | {
+        f"what decode makes of {text!r}": tokenizer.decode(list(tokenizer.encode(text))) for text in texts})
 
 
 def _decoded(*ids: int) -> Case:
@@ -309,37 +299,27 @@ def _streamed(*chunks: str) -> Case:
 
 
 PARTS["Tokenizer"] = Part("00_tokenizer", Tokenizer, lambda: {
-    "the empty text": _texts(""), "one word": _texts("x", "the", "she"),
-    "words with spaces": _texts("the she", "a to the end"),
+    "one word": _texts("x", "the", "she"),
     "contractions, numbers and runs of spaces": _texts("they're", "100 10", "the   end  ", "a\n\n b"),
     "letters of several bytes": _texts("café naïve", "日本 🙂"),
     "a letter in two tokens, decoded together": _decoded(*"é🙂".encode()),
     "bytes that are no text": _decoded(104, 0xC3, 105),
     "special tokens": _texts("the<|end|>the", "<|end|>", special=["<|end|>"]),
-    "special tokens, one of which the vocabulary has": _texts("<|old|><|end|>", special=["<|end|>", "<|old|>"]),
-    "two special tokens in a row, and one that begins like another": _texts("<|a|><|a|>the", "<|a|><|b|>",
-        special=["<|a|>", "<|a|><|b|>"]),
     "characters that mean something in a pattern": _texts("the[x|y]the", "x", special=["[x|y]"]),
     "a special token that was not declared": _texts("the<|end|>"),
-    "a stream of whole lines": _streamed("the end\n", "the other\n"),
     "a stream cut in the middle of words": _streamed("the o", "ther the", "atre", "<|en", "d|>the")}, {
     "merges are made from left to right, not in the order of training": ("for a, b in self.merges:",
         "for a, b in [p for p in pairwise(tokens) if p in self.merges][:1]:", "        return tokens",
         "            return self._merge(tokens)\n        return tokens"),
-    "merges cross the borders of pretokens": ("regex.findall(pattern, piece)", "[piece]"),
     "characters are merged, not bytes": ("[bytes([b]) for b in word.encode()]", "[c.encode() for c in word]"),
     "each token is decoded by itself, so letters of several bytes break": (
-        'b"".join(self.bytes_of[i] for i in ids).decode(errors="replace")',
-        '"".join(self.bytes_of[i].decode(errors="replace") for i in ids)'),
+        'b"".join(self.bytes_of[i] for i in ids).decode(errors="replace")', '"".join(self.bytes_of[i].decode(errors="replace") for i in ids)'),
     "special tokens are split like other text": (" if self.special else [text]", " if False else [text]"),
-    "the shorter of two special tokens wins": (", reverse=True", ""),
     "each chunk of a stream is encoded by itself": ('yield from self.encode("".join(chunks))',
         "for chunk in chunks:\n            yield from self.encode(chunk)")})
 
 
-def train_bpe(
-    input_path: str, vocab_size: int, special_tokens: list[str]
-) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
+def train_bpe(input_path: str, vocab_size: int, special_tokens: list[str]) -> tuple[dict[int, bytes], list]:
     r"""Train byte-pair encoding on a text file (UTF-8, its line ends as they are);
     return vocabulary and merges.
 
@@ -351,39 +331,28 @@ def train_bpe(
     byte strings (Python's max of tuples) wins. The vocabulary is id -> bytes: the 256
     bytes, a token a merge, then the special tokens, `vocab_size` in all. The merges are
     pairs of bytes in the order in which they were made."""
-    with open(input_path, encoding="utf-8", newline="") as file:
-        pieces = [file.read()]
+    pieces = [Path(input_path).read_bytes().decode()]
     for name in special_tokens:
         pieces = [part for piece in pieces for part in piece.split(name)]
-    counts: dict[tuple[bytes, ...], int] = {}
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    for piece in pieces:
-        for word in regex.findall(pattern, piece):
-            key = tuple(bytes([b]) for b in word.encode())
-            counts[key] = counts.get(key, 0) + 1
-    vocab = {i: bytes([i]) for i in range(256)}
-    merges: list[tuple[bytes, bytes]] = []
-    while len(vocab) + len(special_tokens) < vocab_size:
-        pairs: dict[tuple[bytes, bytes], int] = {}
-        for tokens, n in counts.items():
-            for pair in pairwise(tokens):
-                pairs[pair] = pairs.get(pair, 0) + n
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        merged: dict[tuple[bytes, ...], int] = {}
-        for tokens, n in counts.items():
-            new: list[bytes] = []
+    words = Counter(word for piece in pieces for word in regex.findall(pattern, piece))
+    cut = {word: [bytes([b]) for b in word.encode()] for word in words}  # word -> its tokens so far
+    merges: list = []
+    while 256 + len(merges) + len(special_tokens) < vocab_size:
+        pairs: Counter = Counter()
+        for word, n in words.items():
+            for pair in pairwise(cut[word]):
+                pairs[pair] += n
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        for word, tokens in cut.items():
+            cut[word] = []
             for token in tokens:
-                if new and (new[-1], token) == best:
-                    new[-1] = best[0] + best[1]
+                if cut[word] and (cut[word][-1], token) == merges[-1]:
+                    cut[word][-1] += token
                 else:
-                    new.append(token)
-            merged[tuple(new)] = merged.get(tuple(new), 0) + n
-        counts = merged
-        merges.append(best)
-        vocab[len(vocab)] = best[0] + best[1]
-    for name in special_tokens:
-        vocab[len(vocab)] = name.encode()
-    return vocab, merges
+                    cut[word].append(token)
+    tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
+    return dict(enumerate(tokens + [name.encode() for name in special_tokens])), merges
 
 
 def _corpus(text: str, merges: int, *special: str) -> Case:
@@ -397,23 +366,19 @@ def _corpus(text: str, merges: int, *special: str) -> Case:
 
 
 PARTS["train_bpe"] = Part("00_tokenizer", train_bpe, lambda: {
-    "one word, once": _corpus("abab", 1), "a tie": _corpus("ab cd", 1),
-    "one merge builds on another": _corpus("low low low lower lower newest", 3),
+    "a tie": _corpus("ab cd", 1), "one merge builds on another": _corpus("low low low lower lower newest", 3),
     "a word that is repeated counts more": _corpus("xy xy xy xy ab abab", 2),
     "a tie between tokens of several bytes": _corpus("ab ab ab abz abz abc abc abq", 3),
-    "a run of one letter": _corpus("aaaaa aaa", 2), "spaces and line ends": _corpus("a b a b\na b\n\nb a", 2),
+    "a run of one letter": _corpus("aaaaa aaa", 2),
     "a special token": _corpus("<<|<|end|>a b<|end|>a b<|end|>", 2, "<|end|>"),
-    "texts around special tokens": _corpus("<|end|>".join(["xa"] * 4 + ["bc"]), 2, "<|end|>"),
     "letters of several bytes": _corpus("éé éé éa 日日 日", 4),
     "two stories": _corpus("<|end|>".join(fables(2, SEED)), 30, "<|end|>")}, {
     "ties go to the smaller pair, not to the greater one": ("max(pairs, key=lambda pair: (pairs[pair], pair))",
         "min(pairs, key=lambda pair: (-pairs[pair], pair))"),
     "ties go to the pair that came first": ("(pairs[pair], pair))", "pairs[pair])"),
     "pairs are counted across pretokens": ("regex.findall(pattern, piece)", "[piece]"),
-    "every pretoken counts once, however often it occurs": ("counts.get(key, 0) + 1", "1"),
     "special tokens are merged like other text": ("in piece.split(name)", "in [piece]"),
-    "the special tokens are missing in the vocabulary": ("vocab[len(vocab)] = name.encode()", "pass"),
-    "it makes one merge too many": ("< vocab_size", "<= vocab_size")})
+    "the special tokens are missing in the vocabulary": (" + [name.encode() for name in special_tokens]", "")})
 
 
 # 01: layers
@@ -439,14 +404,10 @@ class Linear(nn.Module):
 PARTS["Linear"] = Part("01_layers", Linear, lambda: {
     "one vector, 3 to 2": layer(Linear, 3, 2, x=normal(3)),
     "a batch of sequences": layer(Linear, 3, 2, x=normal(2, 4, 3)),
-    "a square layer": layer(Linear, 3, 3, x=normal(4, 3)),
     "float64 stays float64": layer(Linear, 3, 2, x=normal(4, 3).double()),
     "fresh weights": fresh(Linear, 300, 100, std=200**-0.5)}, {
     "the weight is stored as (d_in, d_out), not as (d_out, d_in)": ("empty(d_out, d_in)", "empty(d_in, d_out)",
-        "weight.T", "weight"),
-    "there is a bias": ("        std =", "        self.bias = nn.Parameter(torch.zeros(d_out))\n        std =",
-        "weight.T", "weight.T + self.bias"), "the weight is a plain tensor, not an nn.Parameter": ("nn.Parameter", ""),
-    "the weight is not transposed (x @ W, not x @ W.T)": ("weight.T", "weight"),
+        "weight.T", "weight"), "the weight is not transposed (x @ W, not x @ W.T)": ("weight.T", "weight"),
     "fresh weights are drawn from N(0, 1)": ("math.sqrt(2 / (d_in + d_out))", "1.0"),
     "fresh weights are not cut off": ("trunc_normal_", "normal_", "std, -3 * std, 3 * std", "std")})
 
@@ -470,7 +431,6 @@ class Embedding(nn.Module):
 
 
 PARTS["Embedding"] = Part("01_layers", Embedding, lambda: {
-    "one id": layer(Embedding, 5, 3, ids=torch.tensor([2])),
     "a batch of sequences": layer(Embedding, 5, 3, ids=torch.tensor([[1, 4], [3, 2]])),
     "the first id and the last": layer(Embedding, 5, 3, ids=torch.tensor([0, 4])),
     "an id that occurs twice": layer(Embedding, 5, 3, ids=torch.tensor([3, 1, 3])),
@@ -507,7 +467,6 @@ PARTS["RMSNorm"] = Part("01_layers", RMSNorm, lambda: {
     "one vector": layer(RMSNorm, 8, x=normal(8)), "a fresh gain": lambda make: {"weight": make(4).weight.detach()},
     "a batch of sequences": layer(RMSNorm, 8, x=normal(2, 3, 8)), "eps = 0.5": layer(RMSNorm, 8, 0.5, x=normal(3, 8)),
     "numbers so small that the default epsilon counts": layer(RMSNorm, 8, x=normal(3, 8, scale=1e-3)),
-    "a vector of zeros": layer(RMSNorm, 8, x=torch.zeros(2, 8)),
     "float64 stays float64": layer(RMSNorm, 8, x=normal(3, 8).double()),
     "bfloat16 stays bfloat16": layer(RMSNorm, 8, x=normal(3, 8).bfloat16()),
     "float16, numbers in the thousands": layer(RMSNorm, 8, x=normal(3, 8, scale=2e3).half())}, {
@@ -515,10 +474,7 @@ PARTS["RMSNorm"] = Part("01_layers", RMSNorm, lambda: {
     "epsilon is missing": (" + self.eps", ""),
     "the mean is subtracted first, as in LayerNorm": ("else x\n", "else x\n        y = y - y.mean(-1, keepdim=True)\n"),
     "the gain (`weight`) is missing": (" * self.weight", ""),
-    "the squares are summed, not averaged": (".mean(", ".sum("),
-    "the mean runs over all axes, not over the last": ("-1, keepdim=True", ""),
-    "half precision is not lifted to float32, so the squares overflow": ("x.float() if", "x if"),
-    "the result is not turned back into the dtype of x": ("y.to(x.dtype)", "y")})
+    "half precision is not lifted to float32, so the squares overflow": ("x.float() if", "x if")})
 
 
 class SwiGLU(nn.Module):
@@ -540,11 +496,10 @@ class SwiGLU(nn.Module):
 
 
 PARTS["SwiGLU"] = Part("01_layers", SwiGLU, lambda: {
-    "one vector": layer(SwiGLU, 4, 6, x=normal(4)), "a batch of sequences": layer(SwiGLU, 4, 6, x=normal(2, 3, 4)),
+    "a batch of sequences": layer(SwiGLU, 4, 6, x=normal(2, 3, 4)),
     "float64 stays float64": layer(SwiGLU, 4, 6, x=normal(3, 4).double()),
     "numbers in the hundreds": layer(SwiGLU, 4, 6, x=normal(3, 4, scale=200))}, {
     "w2 and w3 have exchanged shapes": ("self.w2, self.w3 =", "self.w3, self.w2 ="),
-    "w1 and w3 are exchanged: silu belongs to w1": ("a, b =", "b, a ="),
     "the gate is a sigmoid, not silu": ("a * torch.sigmoid(a)", "torch.sigmoid(a)"),
     "w3 is not used: there is no gate": ("(a) * b", "(a)"),
     "silu as x / (1 + exp(-x)) has no gradient where exp overflows": ("a * torch.sigmoid(a)", "a / (1 + (-a).exp())")})
@@ -566,10 +521,7 @@ PARTS["softmax"] = Part("01_layers", softmax, lambda: {
     "three scores": call(x=torch.tensor([1.0, 2.0, 3.0]), dim=-1),
     "a matrix, along its rows": call(x=normal(2, 5), dim=-1),
     "a matrix, along its columns": call(x=normal(2, 5), dim=0),
-    "three axes, along the middle one": call(x=normal(2, 3, 4), dim=1),
     "scores around 1000": call(x=1000 + normal(2, 3), dim=-1),
-    "scores around -1000": call(x=-1000 + normal(2, 3), dim=-1),
-    "three high scores and a low one": call(x=torch.tensor([0.0, 100.0, 100.0, 100.0]), dim=-1),
     "one row far below the other": call(x=torch.tensor([[0.0, 1.0], [-1000.0, -1001.0]]), dim=-1),
     "a score of minus infinity": call(x=torch.tensor([-math.inf, 0.0, 1.0]), dim=-1),
     "bfloat16 stays bfloat16": call(x=normal(3).bfloat16(), dim=-1),
@@ -577,7 +529,6 @@ PARTS["softmax"] = Part("01_layers", softmax, lambda: {
     "the maximum is not subtracted first, so exp overflows": ("x - x.max(dim, keepdim=True).values", "x"),
     "the maximum of the whole tensor is subtracted, not that along `dim`": (".max(dim, keepdim=True).values", ".max()"),
     "the sum runs over the last axis, whatever `dim` says": ("(dim, keepdim", "(-1, keepdim"),
-    "the sum, or the maximum, lost its axis (keepdim=True)": ("powers.sum(dim, keepdim=True)", "powers.sum(dim)"),
     "the input is changed in place": ("shifted = x - ", "shifted = x.sub_(", "values\n", "values)\n")})
 
 
@@ -613,8 +564,7 @@ PARTS["log_softmax"] = Part("01_layers", log_softmax, lambda: {
     "a matrix, along its rows": call(x=torch.tensor([[1.0, 2.0], [3.0, -4.0]]), dim=1),
     "along its columns": call(x=torch.tensor([[1.0, 2.0], [3.0, -4.0]]), dim=0),
     "a score of 1000": call(x=torch.tensor([1000.0, 0.0]), dim=0),
-    "one row far below the other": call(x=torch.tensor([[0.0, 1.0], [-1000.0, -1001.0]]), dim=-1),
-    "float64 stays float64": call(x=normal(3).double(), dim=-1)}, {
+    "one row far below the other": call(x=torch.tensor([[0.0, 1.0], [-1000.0, -1001.0]]), dim=-1)}, {
     "the logarithm of a softmax that has become 0": ("shifted - shifted.exp().sum(dim, keepdim=True).log()",
         "(shifted.exp() / shifted.exp().sum(dim, keepdim=True)).log()"),
     "the maximum is not subtracted": ("x - x.max(dim, keepdim=True).values", "x"),
@@ -659,17 +609,14 @@ def _positions(*positions: int, d_k: int = 4, theta: float = 10_000.0, batch: tu
 PARTS["RoPE"] = Part("02_rope", RotaryPositionalEmbedding, lambda: {
     "position 0, where nothing turns": _positions(0), "position 1, a single pair": _positions(1, d_k=2),
     "positions 0 to 3, two pairs": _positions(0, 1, 2, 3), "positions in any order": _positions(5, 2, 9, 2),
-    "theta = 100, four pairs": _positions(0, 1, 2, d_k=8, theta=100.0),
-    "a batch with heads": _positions(0, 1, 2, d_k=8, batch=(2, 3)), "the last position, 63": _positions(62, 63),
+    "a batch with heads": _positions(0, 1, 2, d_k=8, batch=(2, 3)),
     "bfloat16 stays bfloat16": layer(RotaryPositionalEmbedding, 10_000.0, 4, 64, x=normal(3, 4).bfloat16(),
         token_positions=torch.arange(3))}, {
     "the pairs are (i, i + d_k/2), the halves, and not (2i, 2i + 1)": ("x[..., 0::2], x[..., 1::2]", "x.chunk(2, -1)",
         "torch.stack", "torch.cat", ".flatten(-2)", ""),
     "it turns the wrong way: the signs of the sines are exchanged": ("angles.sin()", "-angles.sin()"),
     "the positions are counted from 1": ("[token_positions]", "[(token_positions + 1) % 64]"),
-    "the positions given are ignored": ("[token_positions]", "[: x.shape[-2]]"),
-    "the exponent is -i / d_k, not -2i / d_k": ("torch.float64) / d_k", "torch.float64) / 2 / d_k"),
-    "theta is 10000, whatever the argument says": ("= theta **", "= 1e4 **")})
+    "the positions given are ignored": ("[token_positions]", "[: x.shape[-2]]")})
 
 
 def query_for_distance(key: Tensor, distance: int) -> Tensor:
@@ -723,41 +670,26 @@ def _attend(*batch: int, keys: int = 3, mask: Any = None, scale: float = 1.0, dt
     return call(q=q, k=k, v=v, mask=mask)
 
 
-def _attention_cases() -> dict[str, Case]:
-    causal = torch.ones(3, 3).tril().bool()
-    nothing = torch.tensor([[True, False, False], [False, False, False], [True, True, True]])
-    high = normal(3, 4, scale=99).abs()
-    return {
-        "no mask": _attend(), "more keys than queries": _attend(keys=5), "a causal mask": _attend(mask=causal),
-        "a mask with more keys than queries": _attend(keys=5, mask=torch.ones(3, 5).tril(2).bool()),
-        "a batch with heads, one mask for all": _attend(2, 2, mask=causal),
-        "a batch with heads, a mask for each sequence": _attend(
-            2, 2, mask=torch.stack([causal, torch.ones(3, 3, dtype=torch.bool)])[:, None]),
-        "scores in the thousands": _attend(scale=50, mask=causal),
-        "scores in the thousands, all negative": call(q=high, k=-normal(3, 4, seed=1, scale=99).abs(), v=normal(3, 4),
-                                                      mask=causal),
-        "bfloat16 stays bfloat16": torch.no_grad()(_attend(mask=causal, dtype=torch.bfloat16)),
-        "float64 stays float64": _attend(mask=causal, dtype=torch.float64),
-        "a query that may look at nothing": torch.no_grad()(_attend(mask=nothing)),
-    }
-
-
+_CAUSAL = torch.ones(3, 3).tril().bool()
 _NO_ZEROS = "weights.masked_fill(~mask, 0.0)", "weights"
-PARTS["attention"] = Part("03_model", scaled_dot_product_attention, _attention_cases, {
+PARTS["attention"] = Part("03_model", scaled_dot_product_attention, lambda: {
+    "no mask": _attend(), "a causal mask": _attend(mask=_CAUSAL),
+    "a batch with heads, one mask for all": _attend(2, 2, mask=_CAUSAL),
+    "a batch with heads, a mask for each sequence": _attend(2, 2, mask=torch.stack([_CAUSAL, _CAUSAL | True])[:, None]),
+    "scores in the thousands": _attend(scale=50, mask=_CAUSAL),
+    "scores in the thousands, all negative": call(q=normal(3, 4, scale=99).abs(), k=-normal(3, 4, seed=1,
+        scale=99).abs(), v=normal(3, 4), mask=_CAUSAL),
+    "bfloat16 stays bfloat16": torch.no_grad()(_attend(mask=_CAUSAL, dtype=torch.bfloat16)),
+    "float64 stays float64": _attend(mask=_CAUSAL, dtype=torch.float64),
+    "a query that may look at nothing": torch.no_grad()(_attend(mask=torch.eye(3).bool() & (torch.arange(3) != 1)))}, {
     "sqrt(d_k) is missing": (" / math.sqrt(q.shape[-1])", ""),
     "the scores are divided by d_k, not by its root": ("math.sqrt(q.shape[-1])", "q.shape[-1]"),
-    "`k.T` turns the axes of the batch around too: `k.transpose(-2, -1)`": ("k.transpose(-2, -1)",
-        "k.permute(*range(k.dim())[::-1])"),
     "softmax runs over the queries, not over the keys": ("scores, -1", "scores, -2"),
-    "the mask is inverted: True means may attend": ("~mask", "mask"),
-    "the mask is inverted, so a row has nothing to attend: True means may attend": (*_NO_ZEROS, "~mask", "mask"),
+    "the mask is inverted: True means may attend": (*_NO_ZEROS, "~mask", "mask"),
     "the mask is ignored": ("mask is not None", "False"),
     "masked scores are set to a number that is not low enough": (*_NO_ZEROS, "-math.inf", "-1e3"),
     "the mask comes after the softmax, so the weights no longer sum to one": (".masked_fill(~mask, -math.inf)", ""),
-    "the maximum is not subtracted in the softmax": ("softmax(scores, -1)",
-        "scores.exp() / scores.exp().sum(-1, keepdim=True)"),
-    "a row of -inf alone gives NaN: set masked weights to 0": _NO_ZEROS,
-    "a query without keys averages all values: set masked weights to 0": (*_NO_ZEROS, "-math.inf", "-1e30")})
+    "a row of -inf alone gives NaN: set masked weights to 0": _NO_ZEROS})
 
 
 class MultiHeadSelfAttention(nn.Module):
@@ -803,29 +735,25 @@ def _rope(d_k: int = 4) -> nn.Module:
     return PARTS["RoPE"].book(10_000.0, d_k, 64)
 
 
-def _pieces(make: type[nn.Module], *sizes: Any) -> Case:
+def _pieces(make: type[nn.Module], *sizes: Any, layers: int = 0) -> Case:
     def use(module: nn.Module) -> dict[str, Any]:
-        cache, x = KVCache(6), normal(2, 5, 8)
-        pieces = (module(x[:, a:b], torch.arange(a, b), cache) for a, b in ((0, 2), (2, 4), (4, 5)))
+        caches = [KVCache(6) for _ in range(max(1, layers))]
+        x = torch.arange(10).view(2, 5) if layers else normal(2, 5, 8)
+        pieces = (module(x[:, a:b], torch.arange(a, b), caches if layers else caches[0]) for a, b in pairwise((0, 2, 4, 5)))
         return {f"the output of piece {i}": y.detach() for i, y in enumerate(pieces)}
     return layer(make, *sizes, use=use, x=normal(1))
 
 
 PARTS["MultiHeadSelfAttention"] = Part("03_model", MultiHeadSelfAttention, lambda: {
-    "one head": layer(MultiHeadSelfAttention, 8, 1, x=normal(1, 3, 8, scale=0.3)),
     "two heads": layer(MultiHeadSelfAttention, 8, 2, x=normal(1, 3, 8, scale=0.3)),
     "a batch, four heads": layer(MultiHeadSelfAttention, 8, 4, x=normal(2, 5, 8, scale=0.3)),
     "with RoPE": layer(MultiHeadSelfAttention, 8, 2, _rope(), x=normal(2, 5, 8, scale=0.3)),
-    "with RoPE, at other positions": layer(MultiHeadSelfAttention, 8, 2, _rope(), x=normal(2, 3, 8, scale=0.3),
-        token_positions=torch.tensor([0, 4, 20])),
     "in three pieces, with a cache": _pieces(MultiHeadSelfAttention, 8, 2, _rope())}, {
-    "there is no causal mask": (".tril(before)", ""), "the mask shows the future, not the past": ("tril", "triu"),
+    "there is no causal mask": (".tril(before)", ""),
     "the features are cut into heads without exchanging the axes": (".view(heads).transpose(-3, -2) for",
         ".reshape(len(x), self.num_heads, x.shape[1], -1) for"),
     "the heads are not brought back behind the tokens": ("y.transpose(-3, -2).flatten(-2)", "y.reshape(x.shape)"),
-    "output_proj is not used": ("self.output_proj(y.t", "(y.t"),
     "RoPE turns the queries and not the keys": ("self.rope(k, positions)", "k"),
-    "the positions given are ignored": ("if token_positions is None else token_positions", ""),
     "with a cache, the mask is that of the first T positions": ("tril(before)", "tril()")})
 
 
@@ -859,12 +787,10 @@ PARTS["TransformerBlock"] = Part("03_model", TransformerBlock, lambda: {
         token_positions=torch.tensor([0, 4, 9])),
     "in three pieces, with a cache": _pieces(TransformerBlock, _SMALL, _rope())}, {
     "attention replaces the stream, and is not added to it": ("x = x + self.attn", "x = self.attn"),
-    "the feed-forward network replaces the stream": ("return x + self.ffn", "return self.ffn"),
     "the stream is normalized after each addition (post-norm)": ("x + self.attn(self.ln1(x), token_positions, cache)",
         "self.ln1(x + self.attn(x, token_positions, cache))", "x + self.ffn(self.ln2(x))", "self.ln2(x + self.ffn(x))"),
     "the feed-forward network reads the stream from before attention": ("        x = x + self", "        y = x + self",
-        "return x +", "return y +"), "ln2 is not used": ("self.ffn(self.ln2(x))", "self.ffn(x)"),
-    "positions and cache are not passed on": (", token_positions, cache)\n", ")\n")})
+        "return x +", "return y +"), "positions and cache are not passed on": (", token_positions, cache)\n", ")\n")})
 
 
 class TransformerLM(nn.Module):
@@ -893,19 +819,13 @@ class TransformerLM(nn.Module):
         return self.lm_head(self.ln_final(x))
 
 
-def _read_in_pieces(model: nn.Module) -> dict[str, Any]:
-    caches, ids = [KVCache(9) for _ in range(2)], torch.arange(8).view(2, 4)
-    pieces = (model(ids[:, a:b], torch.arange(a, b), caches) for a, b in ((0, 3), (3, 4)))
-    return {f"the logits of piece {i}": y.detach() for i, y in enumerate(pieces)}
-
 
 PARTS["TransformerLM"] = Part("03_model", TransformerLM, lambda: {
     "two tokens": layer(TransformerLM, _SMALL, ids=torch.tensor([[3, 5]])),
     "a batch of sequences": layer(TransformerLM, _SMALL, ids=torch.tensor([[1, 4, 9], [3, 0, 10]])),
     "at other positions": layer(TransformerLM, _SMALL, ids=torch.tensor([[1, 4, 9]]), token_positions=torch.tensor([0,
-        5, 9])), "in two pieces, with caches": layer(TransformerLM, _SMALL, use=_read_in_pieces, x=normal(1))}, {
+        5, 9])), "in three pieces, with caches": _pieces(TransformerLM, _SMALL, layers=2)}, {
     "the last norm is not used": ("self.lm_head(self.ln_final(x))", "self.lm_head(x)"),
-    "only the last block is used": ("block(x, token", "block(self.token_embeddings(ids), token"),
     "the result is probabilities, not logits": ("self.lm_head(self.ln_final(x))",
         "self.lm_head(self.ln_final(x)).softmax(-1)"),
     "positions and caches are not passed on": ("block(x, token_positions, cache)", "block(x)"),
@@ -930,7 +850,7 @@ def _shared(batch: int, heads: int, mask: Tensor | None = None) -> Case:
 
 
 PARTS["multi_query_attention"] = Part("03_model", multi_query_attention, lambda: {
-    "a single text": _shared(1, 2), "two texts, three heads": _shared(2, 3), "as many texts as heads": _shared(2, 2),
+    "two texts, three heads": _shared(2, 3), "as many texts as heads": _shared(2, 2),
     "a causal mask": _shared(2, 3, torch.ones(3, 3).tril().bool())}, {
     "the batch is taken for the heads: give k and v an axis in their place": ("k[:, None]", "k", "v[:, None]", "v"),
     "the mask is ignored": ("mask is not None", "False"),
@@ -976,7 +896,6 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 PARTS["cross_entropy"] = Part("04_optim", cross_entropy, lambda: {
     "one position": call(logits=torch.tensor([[1.0, 2.0, 0.5]]), targets=torch.tensor([1])),
-    "four positions": call(logits=normal(4, 5), targets=torch.tensor([3, 0, 4, 4])),
     "a batch of sequences": call(logits=normal(2, 3, 5), targets=torch.tensor([[3, 0, 4], [4, 1, 1]])),
     "logits around 1000": call(logits=1000 + normal(2, 3), targets=torch.tensor([0, 2])),
     "a target that seemed impossible": call(logits=torch.tensor([[0.0, 200.0]]), targets=torch.tensor([0])),
@@ -985,9 +904,7 @@ PARTS["cross_entropy"] = Part("04_optim", cross_entropy, lambda: {
     "the losses are summed, not averaged": (".mean()", ".sum()"),
     "softmax is applied twice: the argument is logits": ("    shifted", "    logits = logits.softmax(-1)\n    shifted"),
     "the maximum is not subtracted first, so exp overflows": ("logits - logits.max(-1, keepdim=True).values", "logits"),
-    "the maximum of the whole tensor is subtracted, not that of each row": (".max(-1, keepdim=True).values", ".max()"),
-    "the logarithm of a softmax that has become 0": ("(log_sum - right)", "-(right.exp() / log_sum.exp()).log()"),
-    "the result is cut off from the graph (.item(), .detach() or no_grad)": (".mean()", ".mean().detach()")})
+    "the maximum of the whole tensor is subtracted, not that of each row": (".max(-1, keepdim=True).values", ".max()")})
 
 
 def cosine_lr(step: int, max_lr: float, min_lr: float, warmup_iters: int, cosine_cycle_iters: int) -> float:
@@ -1011,14 +928,11 @@ def _rates(*steps: int, warmup: int = 10) -> Case:
 
 PARTS["cosine_lr"] = Part("04_optim", cosine_lr, lambda: {
     "during the warm-up": _rates(0, 1, 5, 9), "at the end of the warm-up": _rates(10, 11), "halfway down": _rates(30),
-    "anywhere on the way": _rates(17, 42, 49), "at cosine_cycle_iters": _rates(50),
-    "after the end": _rates(51, 70, 1000), "without a warm-up": _rates(0, 1, 25, warmup=0)}, {
+    "at cosine_cycle_iters and after it": _rates(50, 51, 70, 1000), "without a warm-up": _rates(0, 1, 25, warmup=0)}, {
     "the warm-up is one step ahead: (step + 1) / warmup_iters": ("* step", "* (step + 1)"),
     "warmup_iters = 0 divides by zero": ("    if step <", "    rise = step / warmup_iters\n    if step <"),
-    "min_lr is ignored: the cosine ends at 0": ("    if step <", "    min_lr = 0.0\n    if step <"),
-    "the cosine starts at step 0, not at the end of the warm-up": (
-        "(step - warmup_iters) / (cosine_cycle_iters - warmup_iters)", "step / cosine_cycle_iters"),
-    "the decay is a straight line, not a cosine": ("(1 + math.cos(math.pi * share)) / 2", "(1 - share)"),
+    "the cosine starts at step 0, not after the warm-up": ("(step - warmup_iters) / (cosine_cycle_iters - warmup_iters)",
+        "step / cosine_cycle_iters"),
     "after cosine_cycle_iters the rate rises again": ("step > cosine_cycle_iters", "False")})
 
 
@@ -1050,18 +964,14 @@ def _clip(*gradients: list[float] | None, limit: float = 1.0, once: bool = False
 
 PARTS["clip_grad_norm"] = Part("04_optim", clip_grad_norm, lambda: {
     "one long gradient": _clip([3.0, 4.0]), "a gradient below the limit": _clip([0.3, 0.4]),
-    "a limit of 2": _clip([3.0, 4.0], limit=2.0), "two parameters": _clip([3.0, 0.0], [0.0, 4.0]),
-    "one of them below the limit by itself": _clip([0.5], [12.0]),
-    "a parameter without a gradient": _clip([3.0], None, [4.0]), "gradients of zero": _clip([0.0, 0.0]),
+    "two parameters": _clip([3.0, 0.0], [0.0, 4.0]), "one of them below the limit by itself": _clip([0.5], [12.0]),
+    "a parameter without a gradient": _clip([3.0], None, [4.0]),
     "a gradient as small as the epsilon 1e-6": _clip([3e-6, 4e-6], limit=1e-6),
     "float64 stays float64": _clip([3.0, 4.0], [12.0], dtype=torch.float64),
-    "bfloat16 stays bfloat16": _clip([3.0, 4.0], [12.0], dtype=torch.bfloat16),
     "the parameters come from a generator": _clip([3.0], [4.0], once=True)}, {
     "gradients below the limit are scaled up": ("norm > max_l2_norm", "True"),
     "each tensor is clipped by its own norm, not all by their joint one": ("norm > max_l2_norm", "True",
         "max_l2_norm / (norm + 1e-6)", "min(1, max_l2_norm / (float(g.norm()) + 1e-6))"),
-    "the norm is returned as it is after clipping": ("return norm",
-        "return math.sqrt(sum(float(g.square().sum()) for g in grads))"),
     "a parameter without a gradient is not skipped": (" if p.grad is not None", ""),
     "the epsilon 1e-6 in the denominator, as in PyTorch, is missing": (" + 1e-6", ""),
     "the parameters are read twice, but a generator gives them once": ("for g in grads:",
@@ -1101,37 +1011,33 @@ class AdamW(torch.optim.Optimizer):
                 p -= lr * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps)
 
 
-def _steps(num: int = 3, *, rates: tuple[float, ...] = (), dtype: Any = torch.float32, **settings: Any) -> Case:
-    settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0} | settings
-
+def _steps(*shapes: tuple[int, ...], num: int = 1, rates: Any = (), dtype: Any = None, **settings: Any) -> Case:
     def case(make: Callable) -> dict[str, Any]:
-        weights = [normal(3, seed=1), normal(2, 2, seed=2), torch.ones(2)]
-        params = [nn.Parameter(w.to(dtype)) for w in weights]
-        optimizer = make(params, **settings)
-        results: dict[str, Any] = {}
-        for step in range(1, num + 1):
+        params = [nn.Parameter(normal(*shape, seed=i).to(dtype)) for i, shape in enumerate([*shapes, (2, 2)])]
+        optimizer, results = make(params, lr=0.1, **settings), {}
+        for step in range(num):
             for group in optimizer.param_groups:
-                group["lr"] = rates[step - 1] if rates else settings["lr"]
-            for i, p in enumerate(params[:2]):  # the third has no gradient
-                p.grad = normal(*p.shape, seed=10 * step + i).to(dtype)
+                group["lr"] = rates[step] if rates else 0.1
+            for i, p in enumerate(params[:-1]):  # the last has no gradient
+                p.grad = normal(*p.shape, seed=10 * step + i + 5).to(dtype)
             optimizer.step()
-            results |= {f"parameter {i} after step {step}": p.detach().clone() for i, p in enumerate(params)}
+            results |= {f"parameter {i} after step {step + 1}": p.detach().clone() for i, p in enumerate(params)}
         return results
     return case
 
 
-_DECAY, _STEP = "                p -= lr * decay * p\n", "((v / (1 - b2**t)).sqrt() + eps)"
+def _adam(num: int = 3, **settings: Any) -> Case:
+    return _steps((3,), (2, 2), num=num, **{"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0} | settings)
+
+
+_DECAY = "                p -= lr * decay * p\n"
 PARTS["AdamW"] = Part("04_optim", AdamW, lambda: {
-    "one step": _steps(1), "three steps": _steps(), "weight decay": _steps(weight_decay=0.1),
-    "other betas": _steps(betas=(0.5, 0.8)), "an epsilon of 1": _steps(eps=1.0),
-    "a learning rate that changes": _steps(rates=(0.1, 0.05, 0.01)), "a strong decay": _steps(weight_decay=2.0),
-    "float64 stays float64": _steps(weight_decay=0.1, dtype=torch.float64),
-    "bfloat16 stays bfloat16": _steps(weight_decay=0.1, dtype=torch.bfloat16),
-    "twenty steps": _steps(20, weight_decay=0.1)}, {
+    "one step": _adam(1), "three steps": _adam(), "weight decay": _adam(weight_decay=0.1),
+    "an epsilon of 1": _adam(eps=1.0), "a learning rate that changes": _adam(rates=(0.1, 0.05, 0.01)),
+    "float64 stays float64": _adam(weight_decay=0.1, dtype=torch.float64),
+    "bfloat16 stays bfloat16": _adam(weight_decay=0.1, dtype=torch.bfloat16)}, {
     "there is no bias correction": ("(m / (1 - b1**t))", "m", "(v / (1 - b2**t))", "v"),
-    "steps are counted from 0, so the correction divides by zero": ("b1**t", "b1**(t - 1)", "b2**t", "b2**(t - 1)"),
-    "the betas are exchanged": ("b1, b2 =", "b2, b1 ="),
-    "epsilon is inside the root": (_STEP, "(v / (1 - b2**t) + eps).sqrt()"),
+    "epsilon is inside the root": ("((v / (1 - b2**t)).sqrt() + eps)", "(v / (1 - b2**t) + eps).sqrt()"),
     "the decay is not multiplied by the learning rate": ("lr * decay", "decay"),
     "the decay is added to the gradient (L2, as in Adam), not taken off the weight": (_DECAY, "", "g, state = p.grad,",
         "g, state = p.grad + decay * p,"),
@@ -1266,49 +1172,11 @@ PARTS["Checkpoint"] = Part("05_train", Checkpoint, lambda: {
     "with other settings": _go_on(2, lr=0.1, betas=(0.8, 0.9))}, {
     "the weights are not loaded": ('model.load_state_dict(saved["model"])', "pass"),
     "the optimizer's state is not loaded": ('optimizer.load_state_dict(saved["optimizer"])', "pass"),
-    "the iteration is not returned": ('return saved["iteration"]', "pass"),
     "the optimizer is loaded, but without its settings": ('optimizer.load_state_dict(saved["optimizer"])',
         'optimizer.load_state_dict(saved["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})'),
     "the parameters are saved, but not the buffers": ("model.state_dict()", "dict(model.named_parameters())",
         'saved["model"])', 'saved["model"], strict=False)')})
 
-
-def read_safetensors(data: bytes) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file, here float32 ("F32") and int64 ("I64"),
-    from its bytes.
-
-    The first 8 bytes are the length of the header, the lowest byte first; then comes
-    the header, a JSON object {name: {"dtype": ..., "shape": [...], "data_offsets":
-    [begin, end]}, ...}; then the numbers, whose offsets count from the end of the
-    header. The last axis runs fastest. The header may hold remarks, `__metadata__`, no
-    tensor."""
-    size = int.from_bytes(data[:8], "little")
-    dtypes, found = {"F32": torch.float32, "I64": torch.int64}, {}
-    for name, entry in json.loads(data[8 : 8 + size]).items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            content = bytearray(data[8 + size + begin : 8 + size + end])
-            found[name] = torch.frombuffer(content, dtype=dtypes[entry["dtype"]]).reshape(entry["shape"])
-    return found
-
-
-def _reading(remarks: dict[str, str] | None = None, **tensors: Tensor) -> Case:
-    from safetensors.torch import save
-
-    data = save(tensors, remarks)
-    return lambda answer: {f"tensor {name}": x for name, x in answer(data).items()}
-
-
-PARTS["read_safetensors"] = Part("05_train", read_safetensors, lambda: {
-    "one row": _reading(a=normal(4)), "a matrix": _reading(a=normal(2, 3)),
-    "numbers and whole numbers": _reading(a=normal(2, 3), b=torch.arange(5), c=normal(1, seed=1)[0]),
-    "a file with remarks": _reading({"format": "pt"}, a=normal(2, 3))}, {
-    "places are counted from the beginning of the file, not from the end of the header": (
-        "8 + size + begin : 8 + size + end", "begin:end"),
-    "the first axis runs fastest, not the last": ('.reshape(entry["shape"])',
-        '.reshape(entry["shape"][::-1]).permute([*range(len(entry["shape"]))][::-1])'),
-    "the length is read with the highest byte first": ('"little"', '"big"'),
-    "the remarks under `__metadata__` are taken for a tensor": ('name != "__metadata__"', "True")})
 
 
 # 06: ablations
@@ -1339,74 +1207,40 @@ PARTS["seeds_needed"] = Part("06_ablations", seeds_needed, lambda: {
     "the whole interval is compared, not its half": (">= difference", ">= difference / 2")})
 
 
-def welch_half_width(first: list[float], second: list[float]) -> float:
-    """Find half the width of Welch's 95% interval for the difference of two means whose
-    runs are not paired (1947).
-
-    With the variances s^2 (that divide by n - 1), a = s1^2 / n1 and b = s2^2 / n2, it
-    is t * sqrt(a + b), and t is t_quantile(0.95, degrees) with (a + b)^2 / (a^2 / (n1 -
-    1) + b^2 / (n2 - 1)) degrees of freedom, rounded down."""
-    from tinylm.ablations import t_quantile
-
-    a, b = (statistics.variance(x) / len(x) for x in (first, second))
-    degrees = (a + b) ** 2 / (a**2 / (len(first) - 1) + b**2 / (len(second) - 1))
-    return t_quantile(0.95, math.floor(degrees)) * math.sqrt(a + b)
-
-
-def _welch_cases() -> dict[str, Case]:
-    four, other, two = [1.52, 1.55, 1.53, 1.56], [1.58, 1.61, 1.57, 1.63], [1.4, 1.9]
-    return {"four seeds each": call(first=four, second=other), "four seeds against two": call(first=four, second=two),
-            "two seeds against four": call(first=two, second=other)}
-
-
-PARTS["welch_half_width"] = Part("06_ablations", welch_half_width, _welch_cases, {
-    "the factor is that of infinitely many seeds, 1.96": ("t_quantile(0.95, math.floor(degrees))", "1.96"),
-    "the degrees of freedom are those of equal deviations, the runs less two": ("math.floor(degrees)",
-        "len(first) + len(second) - 2"),
-    "the variances divide by n, not by n - 1": ("statistics.variance", "statistics.pvariance"),
-    "the standard errors are added, not their squares": ("math.sqrt(a + b)", "(math.sqrt(a) + math.sqrt(b))")})
-
 
 # 07: generation
 
 class KVCache:
-    """Remember the keys and values of one attention layer.
-
-    It has room for `capacity` positions, and says in `length` how many it holds. To
-    forget all, one sets length = 0."""
+    """Remember the keys and values of one attention layer, with room for `capacity`
+    positions."""
     # Hint: torch.cat along the axis of time will do; memory that is made once for all positions is faster.
 
     def __init__(self, capacity: int):
-        self.capacity, self.length = capacity, 0
+        self.keys, self.values = torch.empty(0), torch.empty(0)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of T new positions (B, H, T, K); return all so far (B, H, length,
-        K)."""
-        if self.length > 0:
+        """Add those of T new positions (B, H, T, K); return all S so far (B, H, S, K)."""
+        if self.keys.numel():
             k, v = torch.cat([self.keys, k], -2), torch.cat([self.values, v], -2)
-        self.keys, self.values, self.length = k, v, k.shape[-2]
+        self.keys, self.values = k, v
         return k, v
 
 
-def _appended(*lengths: int, forget_after: int = 99) -> Case:
+def _appended(*lengths: int) -> Case:
     def case(make: Callable) -> dict[str, Any]:
         cache, results = make(sum(lengths)), {}
         for i, n in enumerate(lengths):
-            if i == forget_after:
-                cache.length = 0
             k, v = cache.append(normal(2, 3, n, 4, seed=i), normal(2, 3, n, 4, seed=10 + i))
-            results |= {f"keys, call {i}": k.clone(), f"values, call {i}": v.clone(), f"length, call {i}": cache.length}
+            results |= {f"keys, call {i}": k.clone(), f"values, call {i}": v.clone()}
         return results
     return case
 
 
 PARTS["KVCache"] = Part("07_generate", KVCache, lambda: {
-    "one call": _appended(3), "token by token": _appended(1, 1, 1), "pieces of all lengths": _appended(4, 1, 3),
-    "after forgetting": _appended(2, 3, 1, forget_after=1)}, {
+    "one call": _appended(3), "token by token": _appended(1, 1, 1), "pieces of all lengths": _appended(4, 1, 3)}, {
     "only the new ones are returned": ("[self.keys, k]", "[k]", "[self.values, v]", "[v]"),
     "the new ones are put before the old ones": ("[self.keys, k]", "[k, self.keys]", "[self.values, v]",
         "[v, self.values]"), "the values are those of the last call alone": ("torch.cat([self.values, v], -2)", "v"),
-    "nothing is forgotten when length is set to 0": ("if self.length > 0", 'if hasattr(self, "keys")'),
     "they are laid side by side along the wrong axis": ("k], -2)", "k], 0)", "v], -2)", "v], 0)")})
 
 
@@ -1422,12 +1256,12 @@ def temper(logits: Tensor, temperature: float) -> Tensor:
 
 
 PARTS["temper"] = Part("07_generate", temper, lambda: {
-    f"temperature {t}": torch.no_grad()(call(logits=3 * normal(2, 5), temperature=t)) for t in (1.0, 0.5, 2.0, 0.001, 0)}, {
+    f"temperature {t}": torch.no_grad()(call(logits=3 * normal(2, 5), temperature=t)) for t in (1.0, 0.5, 2.0, 0.001,
+        0)}, {
     "the logits are multiplied by the temperature": ("logits / temp", "logits * temp"),
     "the probabilities are divided by the temperature": ("softmax(logits / temperature, -1)",
         "softmax(logits, -1) / temperature"),
     "temperature 0 divides by zero": ("    if temp", "    scaled = 1 / temperature\n    if temp"),
-    "the temperature is ignored": ("logits / temperature", "logits"),
     "exp overflows at low temperatures": ("softmax(logits / temperature, -1)",
         "(logits / temperature).exp() / (logits / temperature).exp().sum(-1, True)")})
 
@@ -1443,19 +1277,15 @@ def keep_top_p(probs: Tensor, p: float) -> Tensor:
 
 
 PARTS["keep_top_p"] = Part("07_generate", keep_top_p, lambda: {
-    f"p = {p}": torch.no_grad()(call(probs=torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.85, 0.05, 0.07, 0.03]]), p=p))
-    for p in (0.6, 0.9, 0.05, 0.98)}, {
+    f"p = {p}": torch.no_grad()(call(probs=torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.85, 0.05, 0.07, 0.03]]),
+        p=p)) for p in (0.6, 0.9, 0.05, 0.98)}, {
     "the rows no longer sum to 1": ("kept / kept.sum(-1, keepdim=True)", "kept"),
     "the token that crosses p is dropped": ("before < p", "before + ranked <= p"),
     "the tokens are not put back in their places": ("torch.zeros_like(probs).scatter(-1, order, ranked * (before < p))",
-        "ranked * (before < p)"), "single tokens are compared with p, not running sums": ("before < p", "ranked >= p"),
-    "the sum starts from the least probable": ("descending=True", "descending=False")})
+        "ranked * (before < p)"), "single tokens are compared with p, not running sums": ("before < p", "ranked >= p")})
 
 
-def generate(
-    model: nn.Module, prompt_ids: Sequence[int], max_new_tokens: int, *, temperature: float = 1.0,
-    top_p: float | None = None, stop_id: int | None = None, seed: int = 0
-) -> list[int]:
+def generate(model, prompt_ids: list[int], max_new_tokens: int, *, temperature=1.0, top_p=None, stop_id=None, seed=0):
     """Continue a prompt, token by token; return the new ids alone.
 
     model(ids, token_positions, caches) gives logits (1, T, V) for ids (1, T), and needs
@@ -1500,15 +1330,13 @@ PARTS["generate"] = Part("07_generate", generate, lambda: {
     "eight tokens, greedily": _continued(1, 4, 9, temperature=0.0), "eight draws": _continued(3, 2),
     "other seeds": _continued(5, seed=3), "a temperature of 3": _continued(5, 3, temperature=3.0),
     "top_p = 0.3": _continued(5, 3, top_p=0.3, temperature=2.0),
-    "a token that ends it": lambda answer: {f"the list up to {i}": _continued(7, stop_id=i)(
-        answer)["the list of new ids"] for i in range(11)}, "no token at all": _continued(2, num=0)}, {
+    "a token that ends it": lambda answer: {f"the list up to {i}": _continued(7,
+        stop_id=i)(answer)["the list of new ids"] for i in range(11)}, "no token at all": _continued(2, num=0)}, {
     "the prompt is returned too": ("return ids[len(prompt_ids):]", "return ids"),
     "the logits of the first position are used": ("[:, -1]", "[:, 0]"),
     "positions begin at 0 for every token": ("torch.arange(read, len(ids))", "torch.arange(len(ids) - read)"),
     "the seed is ignored": ("manual_seed(seed)", "manual_seed(0)"),
-    "the temperature is ignored": ("temper(logits, temperature)", "temper(logits, float(temperature > 0))"),
-    "top_p is ignored": ("top_p is not None", "False"), "stop_id is ignored": ("chosen == stop_id", "False"),
-    "stop_id is returned": ("            break", "            return ids[len(prompt_ids):] + [chosen]")})
+    "stop_id is ignored": ("chosen == stop_id", "False")})
 
 
 def keep_min_p(probs: Tensor, share: float) -> Tensor:
@@ -1521,8 +1349,8 @@ def keep_min_p(probs: Tensor, share: float) -> Tensor:
 
 
 PARTS["keep_min_p"] = Part("07_generate", keep_min_p, lambda: {
-    f"share {share}": call(probs=torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.85, 0.05]]), share=share)
-    for share in (0.5, 1.0, 0.0)}, {
+    f"share {share}": call(probs=torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.85, 0.05]]), share=share) for share in (0.5,
+        1.0, 0.0)}, {
     "the rows no longer sum to 1": ("kept / kept.sum(-1, keepdim=True)", "kept"),
     "the threshold is absolute, not a share of the highest": ("share * probs.max(-1, keepdim=True).values", "share"),
     "the highest is that of all rows": ("probs.max(-1, keepdim=True).values", "probs.max()"),
@@ -1559,17 +1387,11 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scales.clamp(min=1e-30)[:, None]).round().to(torch.int8), scales
 
 
-def _quantized(weight: Tensor) -> Case:
-    def case(answer: Callable) -> dict[str, Any]:
-        numbers, scales = answer(weight.clone())
-        return {"the numbers": numbers, "the scales": scales}
-    return case
-
 
 PARTS["quantize_rows"] = Part("08_export", quantize_rows, lambda: {
-    "one row": _quantized(torch.tensor([[1.27, -0.5, 0.014]])),
-    "rows of different size": _quantized(normal(3, 5) * torch.tensor([[1.0], [10.0], [0.1]])),
-    "a row of zeros": _quantized(torch.zeros(1, 3))}, {
+    "one row": call(weight=torch.tensor([[1.27, -0.5, 0.014]])),
+    "rows of different size": call(weight=normal(3, 5) * torch.tensor([[1.0], [10.0], [0.1]])),
+    "a row of zeros": call(weight=torch.zeros(1, 3))}, {
     "the numbers are cut off, not rounded": (".round()", ""),
     "there is one scale for all rows": (".amax(-1)", ".amax(-1).max().expand(len(weight))"),
     "the largest number is taken without its magnitude": (".abs()", ""),
@@ -1592,34 +1414,6 @@ PARTS["half_split_matrix"] = Part("08_export", half_split_matrix, lambda: {
     "nothing changes its place": ("[[*range(0, head_size, 2), *range(1, head_size, 2)]]", "")})
 
 
-# 09: kernels
-
-def number_starts(text: str) -> list[int]:
-    r"""Find where the pieces ` ?\d{1,3}` start, from left to right, in a text of digits
-    and spaces.
-
-    A number is cut into groups of three digits from its left; the space before a number
-    belongs to its first piece. Of several spaces only the last one does, and a space
-    without a number after it starts no piece."""
-    starts, run = [], 0
-    for i, char in enumerate(text):
-        if char == " ":
-            run = 0
-        else:
-            if run % 3 == 0:
-                starts.append(i - 1 if run == 0 and i > 0 else i)
-            run += 1
-    return starts
-
-
-PARTS["number_starts"] = Part("09_kernels", number_starts, lambda: {
-    repr(text): call(text=text) for text in ("1", " 12", "1234", " 1234567 89", "12  3456", "000 111 ", "")}, {
-    "a number may have any length": ("run % 3 == 0", "run == 0"),
-    "the space before a number is left out": ("i - 1 if run == 0 and i > 0 else i", "i"),
-    "all the spaces before a number are taken": ("i - 1 if run == 0 and i > 0", "len(text[:i].rstrip()) if run == 0"),
-    "the groups are counted on across spaces": ("            run = 0\n", "            pass\n")})
-
-
 # 10: several processes
 
 def whole_gradient(gradients: list[Tensor], rows: list[int]) -> Tensor:
@@ -1638,57 +1432,6 @@ PARTS["whole_gradient"] = Part("10_distributed", whole_gradient, lambda: {
     "the gradients are added up, not averaged": ("g * n for", "g for", " / sum(rows)", ""),
     "the sum is divided by the number of processes, not of rows": ("/ sum(rows)", "/ len(rows)"),
     "the sum over all rows is not divided by their number": (" / sum(rows)", "")})
-
-
-# 11: checking
-
-def ulps(a: float, b: float) -> int:
-    """Count the steps from one float32 number to the next that lead from a to b, both
-    finite, whichever is larger.
-
-    -0 and 0 are the same number."""
-    bits = torch.tensor([a, b], dtype=torch.float32).view(torch.int32).tolist()
-    first, second = (n if n >= 0 else -(n & 0x7FFFFFFF) for n in bits)
-    return abs(first - second)
-
-
-def _ulps_cases() -> dict[str, Case]:
-    tiny = math.ldexp(1, -149)  # the smallest positive float32
-    pairs = [(1.0, 1.0), (1.0, 1 + 2**-23), (1.0, 2.0), (2.0, 1.0), (0.0, tiny), (-tiny, tiny), (-0.0, 0.0)]
-    return {f"from {a} to {b}": call(a=a, b=b) for a, b in pairs}
-
-
-PARTS["ulps"] = Part("11_check", ulps, _ulps_cases, {
-    "steps are taken to be as long as at 1, but they grow with the numbers": ("abs(first - second)",
-        "round(abs(a - b) * 2**23)"), "the sign is kept": ("abs(first - second)", "second - first"),
-    "negative numbers are counted by their bits alone": ("n if n >= 0 else -(n & 0x7FFFFFFF)", "n"),
-    "the magnitudes alone are compared": ("-(n & 0x7FFFFFFF)", "n & 0x7FFFFFFF")})
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Count the fewest insertions, deletions, replacements and swaps of two neighbors
-    that turn `a` into `b`.
-
-    Each costs 1; what was swapped is not changed again."""
-    rows = [list(range(len(b) + 1))]
-    for i in range(1, len(a) + 1):
-        row = [i]
-        for j in range(1, len(b) + 1):
-            best = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (a[i - 1] != b[j - 1]))
-            if i > 1 and j > 1 and a[i - 2:i] == b[j - 2:j][::-1]:
-                best = min(best, rows[-2][j - 2] + 1)
-            row.append(best)
-        rows.append(row)
-    return rows[-1][-1]
-
-
-PARTS["edit_distance"] = Part("11_check", edit_distance, lambda: {
-    f"{a!r} to {b!r}": call(a=a, b=b)
-    for a, b in [("", ""), ("", "ab"), ("ab", "ax"), ("lr", "lrr"), ("abc", "bc"), ("ab", "ba"), ("sede", "seed")]}, {
-    "a swap of neighbors counts as two": ("rows[-2][j - 2] + 1", "rows[-2][j - 2] + 2"),
-    "replacing a letter counts as two": ("(a[i - 1] != b[j - 1])", "2 * (a[i - 1] != b[j - 1])"),
-    "letters in front of the first match cost nothing": ("[list(range(len(b) + 1))]", "[[0] * (len(b) + 1)]"),
-    "the letters taken from the beginning of `a` cost nothing": ("row = [i]", "row = [0]")})
 
 
 # 12: a better recipe
@@ -1729,27 +1472,11 @@ class Muon(torch.optim.Optimizer):
                 p -= group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5 * (x.T if tall else x)
 
 
-def _turns(*shapes: tuple[int, int], num: int = 1, rates: tuple[float, ...] = (), momentum: float = 0.9) -> Case:
-    def case(make: Callable) -> dict[str, Any]:
-        params, results = [nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate(shapes)], {}
-        optimizer = make([*params, nn.Parameter(torch.ones(2, 2))], lr=0.1, momentum=momentum)
-        for step in range(num):
-            for group in optimizer.param_groups:
-                group["lr"] = rates[step] if rates else 0.1
-            for i, p in enumerate(params):
-                p.grad = normal(*p.shape, seed=10 * step + i + 5)
-            optimizer.step()
-            results |= {f"parameter {i} after step {step + 1}": p.detach().clone() for i, p in enumerate(params)}
-        return results
-    return case
-
 
 PARTS["Muon"] = Part("12_recipe", Muon, lambda: {
-    "a square matrix": _turns((3, 3)), "a wide one": _turns((2, 4)), "a tall one": _turns((4, 2)),
-    "three steps": _turns((3, 3), (2, 3), num=3), "a rate that changes": _turns((3, 3), num=2, rates=(0.1, 0.01))}, {
+    "a square matrix": _steps((3, 3)), "a wide one": _steps((2, 4)), "a tall one": _steps((4, 2)),
+    "three steps": _steps((3, 3), (2, 3), num=3), "a rate that changes": _steps((3, 3), num=2, rates=(0.1, 0.01))}, {
     "the matrix is not made orthogonal": ("range(5)", "range(0)"),
-    "the matrix is not divided by its norm": ("x / x.norm().clamp(min=1e-7)", "x"),
     "the step of tall matrices is not longer": ("max(1, p.shape[0] / p.shape[1])", "1"),
     "it does not look ahead: x is m": ("x = mu * m + (1 - mu) * p.grad", "x = m"),
-    "the momentum is forgotten between steps": ('self.state[p].get("m", 0.0)', "0.0"),
-    "the rate is that of the start": ('p -= group["lr"]', 'p -= self.defaults["lr"]')})
+    "the momentum is forgotten between steps": ('self.state[p].get("m", 0.0)', "0.0")})
