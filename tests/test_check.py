@@ -168,27 +168,6 @@ def test_a_file_is_marked_part_by_part(file, capfd):
         "entropy, case 'four tokens, equally likely': your code ended the process\n")
 
 
-BAD = {
-    "none.py": (None, "No such file"), "broken.py": ("def f(:", "SyntaxError: invalid syntax (broken.py, line 1)"),
-    "empty.py": ("soft_max = 1", "empty.py: defines no softmax"),
-    "raising.py": ("\nraise ValueError('no')", "raises ValueError: no; line 2 of raising.py: raise ValueError('no')"),
-    "endless.py": ("while True: pass", "endless.py: your code was stopped after 1 seconds"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_file_that_cannot_be_used_is_told_in_a_line(name, tmp_path):
-    path, (text, words) = tmp_path / name, BAD[name]
-    if text is not None:
-        path.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError) as caught:
-        if name == "endless.py":  # only this one needs a process of its own
-            book.check_file(str(path), ["softmax"], 1.0)
-        else:
-            book._load(str(path), "softmax")
-    assert words in str(caught.value) and "\n" not in str(caught.value)
-
-
 def test_training_uses_every_part_and_is_that_of_the_book():
     used = set()
 

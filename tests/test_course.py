@@ -54,7 +54,7 @@ def test_a_new_course_has_a_file_for_each_part_in_the_order_of_the_chapters(tmp_
 
 def test_the_whole_course_ends_in_a_first_story(lm, monkeypatch, capsys):
     monkeypatch.chdir(lm)
-    assert cli.main(["check"]) == 0
+    assert cli.main(["check", "--time_limit", "250"]) == 0
     out = capsys.readouterr().out
     of = sum(len(part.cases) for part in PARTS.values())
     assert f"score: {of} of {of} points" in out and "All parts are right" in out
@@ -81,6 +81,7 @@ ODD = {  # part -> a file, and what is said of it
     "get_batch": ("def get_batch(tokens):\n    return tokens", "the book's is called as get_batch(tokens"),
     "train_bpe": ("import os\ndef train_bpe(path, size, special):\n    os._exit(0)", "your code ended the process"),
     "Linear": ("def Linear(:", "cannot be imported: it raises SyntaxError"),
+    "temper": ("x = 1", "defines no temper"),
     "softmax": ("def softmax(x, dim):\n    x -= x.max()\n    return x.softmax(dim)", "it changes its input"),
     "attention": ("def attention(q, k, v, mask=None):\n    while True: pass", "is there an endless loop?"),
     "cosine_lr": ("import torch\ntorch.set_default_dtype(torch.float64)\ndef cosine_lr(*a):\n    return 0.0",
@@ -112,7 +113,7 @@ def test_a_class_is_marked_by_one_command(lm, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("right").symlink_to(lm)
     for report in ("points.json", "points.xml"):
-        assert cli.main(["check", "right", "wrong", "stub", "--seed", "3", "--report", report]) == 1
+        assert cli.main(["check", "right", "wrong", "stub", "--seed=3", "--time_limit=250", "--report", report]) == 1
     of = sum(len(part.cases) for part in PARTS.values())
     table = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
     assert [row[0] for row in table] == ["right", "wrong", "stub"]

@@ -202,7 +202,7 @@ def _judge(name: str, answer: Any, on: Callable[..., object] = lambda title, sai
 
     Likely are the mistakes that give what the answer gave, in the first case that differs and in all before it; where
     several do, the later cases decide."""
-    part, got, said = PARTS[name], {}, {}
+    part, got, said = PARTS[name], {}, dict[str, str | None]()
     for title, case in part.cases.items():
         on(title, said)
         mine, state = _changed(partial(attempt, case, answer))
@@ -373,13 +373,13 @@ def mark_files(jobs: Iterable[tuple[str, str]], time_limit: float = 30.0, seed: 
     The time limit is that of a case, or of an import, in seconds; the seed is that of the numbers in the cases."""
     left = list(jobs)
     while left:
-        title, said = "", {}
+        title, said = "", dict[str, str | None]()
         for event, *values in events("tinylm.check:_mark_jobs", left[:], seed, time_limit=time_limit):
             if event == "at":
                 title, said = values
                 continue
             path, name = left.pop(0)
-            mark = Mark(_find(name), dict.fromkeys(PARTS[_find(name)].cases, "") | said)
+            mark = Mark(_find(name), {**dict.fromkeys(PARTS[_find(name)].cases, ""), **said})
             if event == "mark":
                 mark.error, said, mark.likely, mark.printed = values
                 mark.cases |= said

@@ -41,24 +41,20 @@ README = """# My language model
 
 You write every part of a language model, and in the end it tells its first story: with your tokenizer, your layers, your
 optimizer, and nothing of the book's. Work through the files in their order. Each has the task with all that is checked,
-and a hint at its end, folded away. The chapter named in its first line explains the idea.
+and a hint at its end, folded away. The chapter named in its first line explains the idea. The files in extra/ are exercises
+of the chapters: they count, but no other part needs them.
 
     tinylm check          the score: a line for each part, the next step, and what your parts can do already
     pytest                the same as tests; one part alone: pytest -k RMSNorm
-    tinylm check --report points.json
 
 {table}
-
-The files in extra/ are exercises of the chapters. They count, but no other part needs them.
 """
 AGENTS = """# For an assistant
 
-The person who works in this folder wants to learn how a language model is made. Teach; do not solve.
-
-- Do not write or complete the bodies of the parts, and do not look up or show the answers of `tinylm.exercises`.
-- Ask what they expect and what `tinylm check` says. Explain the idea, do an example by hand with small numbers, name the
-  line to look at. Give the smallest hint that helps, then wait.
-- Explain error messages, Python and PyTorch freely. Running `tinylm check` or `pytest` is always right.
+The person who works in this folder wants to learn how a language model is made. Teach; do not solve: write no bodies of
+parts, and show no answers of `tinylm.exercises`. Ask what they expect and what `tinylm check` says. Explain the idea, do an
+example by hand with small numbers, give the smallest hint that helps, then wait. Explain error messages, Python and
+PyTorch freely.
 """
 TESTS = '''"""`pytest` says here what `tinylm check` says; one part alone: `pytest -k RMSNorm`."""
 from pathlib import Path
@@ -183,9 +179,12 @@ def _score(folder: str | Path, marks: Sequence[Mark]) -> str:
             following = following or f"next: {place}, see chapter {PARTS[mark.part].chapter}"
         lines.append(f"  {place:32} {words}")
         lines += [f"{'':35}it prints: {text}" for text in mark.printed[:1]]
-    points, of = sum(mark.points for mark in marks), sum(len(mark.cases) for mark in marks)
-    lines += ["", f"score: {points} of {of} points", following or "All parts are right."]
+    lines += ["", "score: {} of {} points".format(*_points(marks)), following or "All parts are right."]
     return "\n* ".join(["\n".join(lines), *_milestones(folder, marks)])
+
+
+def _points(marks: Sequence[Mark]) -> tuple[int, int]:
+    return sum(mark.points for mark in marks), sum(len(mark.cases) for mark in marks)
 
 
 def _class_table(folders: dict[str, list[Mark]]) -> str:
@@ -194,11 +193,10 @@ def _class_table(folders: dict[str, list[Mark]]) -> str:
     width = max(map(len, folders))
     lines = ["".join([f"{'':{width}}", *(f"{chapter[:10]:>12}" for chapter in chapters), f"{'points':>12}"])]
     for folder, marks in folders.items():
-        cells = []
+        lines.append(f"{folder:{width}}")
         for chapter in [*chapters, ""]:
-            own = [mark for mark in marks if PARTS[mark.part].chapter.startswith(chapter)]
-            cells.append(f"{sum(mark.points for mark in own)}/{sum(len(mark.cases) for mark in own)}")
-        lines.append(f"{folder:{width}}" + "".join(f"{cell:>12}" for cell in cells))
+            points, of = _points([mark for mark in marks if PARTS[mark.part].chapter.startswith(chapter)])
+            lines[-1] += f"{points:>{11 - len(str(of))}}/{of}"
     return "\n".join(lines)
 
 
@@ -219,14 +217,14 @@ def _write_report(path: str, folders: dict[str, list[Mark]], seed: int) -> None:
     """Write the points of each case as JUnit XML or as JSON."""
     root, table = ElementTree.Element("testsuites"), {}
     for folder, marks in folders.items():
-        suite = ElementTree.SubElement(root, "testsuite", name=folder, tests=str(sum(len(m.cases) for m in marks)),
-                                       failures=str(sum(len(m.cases) - m.points for m in marks)))
+        points, of = _points(marks)
+        suite = ElementTree.SubElement(root, "testsuite", name=folder, tests=str(of), failures=str(of - points))
         for mark in marks:
             for title, what in mark.cases.items():
                 case = ElementTree.SubElement(suite, "testcase", classname=mark.part, name=title)
                 if why := mark.error or what or ("not tried" if what is not None else ""):
                     ElementTree.SubElement(case, "failure", message=re.sub("[^\n -~]", "?", why))
-        table[folder] = {"points": sum(m.points for m in marks), "of": sum(len(m.cases) for m in marks), "parts": {
+        table[folder] = {"points": points, "of": of, "parts": {
             m.part: {"points": m.points, "of": len(m.cases), "error": m.error, "cases": m.cases, "likely": m.likely}
             for m in marks}}
     text = json.dumps({"seed": seed, "folders": table}, indent=1)
