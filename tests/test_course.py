@@ -52,6 +52,7 @@ def test_a_new_course_has_a_file_for_each_part_in_the_order_of_the_chapters(tmp_
     assert cli.main(["start", "my-lm"]) == 2 and "is there already" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(1200)  # it marks all parts and trains a model
 def test_the_whole_course_ends_in_a_first_story(lm, monkeypatch, capsys):
     monkeypatch.chdir(lm)
     assert cli.main(["check", "--time_limit", "250"]) == 0
@@ -103,6 +104,7 @@ def test_code_that_does_not_behave_gets_a_line_and_the_rest_is_marked(lm, tmp_pa
     assert "is not there" in marks["Muon"].error and marks["Muon"].points == 0
 
 
+@pytest.mark.timeout(1200)
 def test_a_class_is_marked_by_one_command(lm, tmp_path, monkeypatch, capsys):
     wrong = course.start(str(tmp_path / "wrong"))
     course.start(str(tmp_path / "stub"))
