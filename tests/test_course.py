@@ -83,7 +83,7 @@ ODD = {  # part -> a file, and what is said of it
     "train_bpe": ("import os\ndef train_bpe(path, size, special):\n    os._exit(0)", "your code ended the process"),
     "Linear": ("def Linear(:", "cannot be imported: it raises SyntaxError"),
     "temper": ("x = 1", "defines no temper"),
-    "softmax": ("def softmax(x, dim):\n    x -= x.max()\n    return x.softmax(dim)", "it changes its input"),
+    "softmax": ("def softmax(x, dim):\n    x -= x.max()\n    return x.softmax(dim)", "the input is changed in place"),
     "attention": ("def attention(q, k, v, mask=None):\n    while True: pass", "is there an endless loop?"),
     "cosine_lr": ("import torch\ntorch.set_default_dtype(torch.float64)\ndef cosine_lr(*a):\n    return 0.0",
                   "it changes torch's default dtype"),
