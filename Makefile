@@ -25,7 +25,7 @@ help:  ## list the targets
 	@touch $@ .venv/run
 
 demo: .venv/run  ## from nothing, the packages included, to a told story in about three minutes
-	$(BIN)/tinylm train
+	$(BIN)/tinylm train --preset fast
 
 test book: export OMP_NUM_THREADS := 1  # two workers, a core each
 test: .venv/dev  ## run every notebook and every test

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tinylm.check import Wrong, check, part_names, stub
+from tinylm.check import Wrong, check, stub
 from tinylm.core import InputError
 from tinylm.exercises import PARTS
 
@@ -37,8 +37,9 @@ def test_the_table_is_in_the_order_of_the_chapters_and_holds_the_books_parts():
     assert chapters == sorted(chapters, key=order.index) and order == sorted(order, key=lambda c: (c[:2], c))
     assert all(len(part.mistakes) >= 4 for part in PARTS.values())
     own = [name for name, part in PARTS.items() if part.book is not part.answer]
-    assert own == ["Tokenizer", "train_bpe", "Linear", "Embedding", "RMSNorm", "SwiGLU", "softmax", "RoPE", "attention",
-                   "cross_entropy", "cosine_lr", "clip_grad_norm", "AdamW"]
+    assert own == ["get_batch", "Tokenizer", "train_bpe", "Linear", "Embedding", "RMSNorm", "SwiGLU", "softmax", "RoPE",
+                   "attention", "MultiHeadSelfAttention", "TransformerBlock", "TransformerLM", "cross_entropy",
+                   "cosine_lr", "clip_grad_norm", "AdamW", "KVCache", "temper", "keep_top_p", "generate", "Muon"]
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -53,7 +54,7 @@ def test_a_stub_and_an_empty_body_are_told_to_be_filled_in(name):
 
 
 def test_several_stubs_are_one_file_with_all_that_it_needs():
-    text = stub(*part_names())
+    text = stub(*PARTS)
     exec(compile(text, "all.py", "exec"), {})
     assert text.count("import torch\n") == 1 and "    @torch.no_grad()\n    def step" in text
     assert {"from tinylm.ablations import t_quantile", "from tinylm.rope import apply_rope", "import regex"} <= set(
@@ -69,7 +70,7 @@ def test_parts_are_found_by_both_names_and_near_ones_are_suggested():
         with pytest.raises(InputError, match=f"did you mean {meant}"):
             check(typed, len)
     for wrong in (lambda: check("zzzzzz", len), lambda: stub("zzzzzz"), lambda: check(3)):
-        with pytest.raises(InputError, match="here are: equal_weights, longest_match, Tokenizer") as caught:
+        with pytest.raises(InputError, match="here are: get_batch, equal_weights, longest_match") as caught:
             wrong()
         assert "\n" not in str(caught.value)
     assert "TypeError: 'int' object is not callable" in complaint("softmax", 3)

@@ -10,7 +10,8 @@ usage: tinylm VERB [OPTIONS]
   ablate    take parts out of the model and measure what is lost, with error bars
   compare   check a run against reference runs: is it right?
   export    write a trained model in the format of another tool
-  check     compare your own part with the book's: RMSNorm=my.py:MyNorm
+  check     compare your own part with the book's: RMSNorm=my.py:MyNorm; in a course, the score
+  start     begin a course: a folder with every part to write yourself
 
 Begin with `tinylm train`, then `tinylm generate`.
 `tinylm VERB --help` shows the options of a verb; `tinylm --version` the version."""
@@ -64,9 +65,12 @@ def _read(kind: Any, verb: str, argv: list[str], default: Any = None, some: bool
     return flags
 
 
-def _newest_run() -> Path:
-    """Find the run under runs/ whose checkpoint is the newest."""
+def _newest_run(shipped: bool = False) -> Path:
+    """Find the run under runs/ whose checkpoint is the newest; without any, the model that the package ships will do."""
     checkpoints = list(Path("runs").glob("*/checkpoints/step-*/state.json"))
+    if not checkpoints and shipped:
+        say("no run under runs/ yet, so the small model that comes with tinylm tells")
+        return Path("tinylm")
     if not checkpoints:
         raise InputError(f"no run under {Path('runs').resolve()}; make one with `tinylm train`, or name one")
     return max(checkpoints, key=lambda path: path.stat().st_mtime_ns).parents[2]
@@ -207,8 +211,9 @@ def _sweep(verb: str, argv: list[str]) -> int:
 class _Generate:
     """Tell stories with a trained model, written as they come.
 
-    RUN is the folder of a run; without it, the newest one under runs/ is taken. PROMPT is how the story begins; without
-    it, the model begins by itself. A prompt with spaces needs quotes."""
+    RUN is the folder of a run, or `tinylm` for the small model that the package ships; without it, the newest run under
+    runs/ is taken, or the shipped model if there is none. PROMPT is how the story begins; without it, the model begins
+    by itself. A prompt with spaces needs quotes."""
 
     run_dir: Annotated[Positional[str], tyro.conf.arg(metavar="[RUN]")] = ""  # a run; what is none is the prompt
     prompt: Annotated[Positional[str], tyro.conf.arg(metavar="[PROMPT]")] = ""  # the story's beginning
@@ -226,10 +231,10 @@ class _Generate:
             raise InputError(f"--num is {self.num}; expected at least 1")
         if sys.stdout is None or self.interactive and sys.stdin is None:
             raise InputError("standard input or output is closed; stories need a place to go, and -i one to come from")
-        is_run = os.path.isfile(os.path.join(self.run_dir, "config.json"))  # False for a prompt too long for a path
+        is_run = self.run_dir == "tinylm" or os.path.isfile(os.path.join(self.run_dir, "config.json"))
         if self.prompt and not is_run:
             raise InputError(f"no run at {self.run_dir}; expected a folder that `tinylm train` made, then the prompt")
-        run, prompt = (Path(self.run_dir), self.prompt) if is_run else (_newest_run(), self.run_dir)
+        run, prompt = (Path(self.run_dir), self.prompt) if is_run else (_newest_run(shipped=True), self.run_dir)
         from tinylm.train import load_run
 
         model, tokenizer, _ = load_run(run, self.device)
@@ -312,34 +317,53 @@ class _Check:
     """Compare your own part with the book's and hear the first thing that differs; then the exit code is 1.
 
     `tinylm check RMSNorm > my.py` writes a stub to fill in, and `tinylm check RMSNorm=my.py` checks it;
-    `RMSNorm=my.py:MyNorm` if it has another name there."""
+    `RMSNorm=my.py:MyNorm` if it has another name there. In a folder that `tinylm start` made, `tinylm check` alone
+    prints the score; a teacher marks a class with `tinylm check FOLDER FOLDER ...`."""
 
-    parts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME[=FILE.py[:OBJECT]]")] = ()  # NAME for a stub, or NAME=FILE.py
+    parts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME[=FILE.py[:OBJECT]]|FOLDER")] = ()  # NAME for a stub, NAME=FILE.py, or a folder
     train: bool = False  # if they pass, also train a small model with your parts, and one with the book's
     time_limit: float = 30.0  # seconds that one case, or one training step, may take
+    seed: int = 0  # of the numbers in the cases: others for a class than for practice
+    report: str | None = None  # of folders: also write the points of each case to FILE.xml (JUnit) or FILE.json
 
     def run(self) -> int:
-        from tinylm.check import check_file, part_names, stub, train_with
+        from tinylm.check import check_file, stub
+        from tinylm.course import PLACES, mark_class
 
-        if not self.parts:
-            raise InputError(f"which part? NAME=FILE.py, or NAME alone for a stub; there are {', '.join(part_names())}")
         if self.time_limit <= 0:
             raise InputError(f"--time_limit is {self.time_limit}; expected more than 0 seconds")
+        here = not self.parts and any(map(os.path.isfile, PLACES.values()))
+        if here or self.parts and all(map(os.path.isdir, self.parts)):
+            return int(not mark_class(self.parts or ["."], self.time_limit, self.seed, self.report))
+        if not self.parts:
+            raise InputError("which part? NAME=FILE.py, or NAME alone for a stub; `tinylm start FOLDER` begins a course; "
+                             f"there are {', '.join(PLACES)}")
         if stubs := [part for part in self.parts if "=" not in part]:
             print(stub(*stubs), end="")
         files: dict[str, list[str]] = {}
         for part in self.parts:
             if found := re.fullmatch(r"(.*?)=(.*?)(:\w+)?", part):
                 files.setdefault(found[2], []).append(found[1] + (found[3] or ""))
-        wrong = sum(check_file(path, names, self.time_limit) for path, names in files.items())
-        if self.train and not wrong:
-            wrong = sum(train_with(path, names, self.time_limit) for path, names in files.items())
-        return min(wrong, 1)
+        return min(1, sum(check_file(path, names, self.time_limit, self.seed, self.train) for path, names in files.items()))
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Begin a course: make a folder with a file for every part of a language model, to write yourself.
+
+    Next: read its README.md, fill in the first file, and run `tinylm check` in the folder."""
+
+    folder: Annotated[Positional[str], tyro.conf.arg(metavar="FOLDER")] = "my-lm"  # the folder to make
+
+    def run(self) -> None:
+        from tinylm.course import start
+
+        print(f"{start(self.folder)} is ready. To see the score:\n\n    cd {self.folder}\n    tinylm check\n")
 
 
 VERBS: dict[str, Any] = {  # a dataclass of flags that runs, or a function of the verb and its arguments
     "data": _Data, "tokenize": _Tokenize, "train": _train, "generate": _Generate, "search": _sweep, "ablate": _sweep,
-    "compare": _Compare, "export": _Export, "check": _Check,
+    "compare": _Compare, "export": _Export, "check": _Check, "start": _Start,
 }
 
 

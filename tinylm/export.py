@@ -156,7 +156,8 @@ def from_hf(
 
     Raises InputError for a setting that TransformerLM could not compute alike, a
     damaged file, and a tensor that is missing, of another shape, or not expected."""
-    path, tensors = Path(folder, "config.json"), {}
+    path = Path(folder, "config.json")
+    tensors: dict[str, Tensor] = {}
     try:
         theirs = {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6} | read_json(path)
         theirs |= theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}

@@ -1,0 +1,138 @@
+"""A course walked from start to first story, a class marked, and code that does not behave."""
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from tinylm import cli, course
+from tinylm.core import InputError
+from tinylm.exercises import PARTS
+
+HEAD = ("from __future__ import annotations\nimport json, math, re, statistics, regex, torch\nimport numpy as np\n"
+        "import torch.nn.functional as F\nfrom itertools import pairwise\nfrom torch import Tensor, nn\n")
+
+
+def answer(folder, name, words=None):
+    "Fill in a part: the right answer, or one with a mistake; what it is made of stays imported from the other files."
+    path, part = Path(folder, course.PLACES[name]), PARTS[name]
+    text = part.source
+    for old, new in zip(*[iter(part.mistakes[words] if words else ())] * 2, strict=True):
+        text = text.replace(old, new)
+    imports = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(("from ", "import "))]
+    path.write_text(HEAD + "\n".join([*imports, "", text]), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    "A course with all parts filled in right."
+    folder = course.start(str(tmp_path_factory.mktemp("course") / "my-lm"))
+    for name in PARTS:
+        answer(folder, name)
+    return folder
+
+
+def test_a_new_course_has_a_file_for_each_part_in_the_order_of_the_chapters(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["start", "my-lm"]) == 0 and "tinylm check" in capsys.readouterr().out
+    for name, place in course.PLACES.items():
+        text = Path("my-lm", place).read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        assert "raise NotImplementedError" in text and "# region Hint" in text and PARTS[name].chapter in text
+        assert ast.get_docstring(next(n for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)))
+    own = [name for name in PARTS if name in course.ON_THE_WAY]
+    assert own == sorted(course.ON_THE_WAY, key=list(PARTS).index) and set(course.PLACES) == set(PARTS)
+    assert "from p06_rmsnorm import RMSNorm" in Path("my-lm/p12_transformerblock.py").read_text(encoding="utf-8")
+    readme = Path("my-lm/README.md").read_text(encoding="utf-8")
+    assert all(course.PLACES[name] in readme for name in course.ON_THE_WAY) and "hours" in readme
+    assert "do not solve" in Path("my-lm/AGENTS.md").read_text(encoding="utf-8")
+    assert cli.main(["start", "my-lm"]) == 2 and "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(1200)  # it marks all parts and trains a model
+def test_the_whole_course_ends_in_a_first_story(lm, monkeypatch, capsys):
+    monkeypatch.chdir(lm)
+    assert cli.main(["check", "--time_limit", "250"]) == 0
+    out = capsys.readouterr().out
+    of = sum(len(part.cases) for part in PARTS.values())
+    assert f"score: {of} of {of} points" in out and "All parts are right" in out
+    said = [line for line in out.splitlines() if line.startswith("* ")]
+    assert [line.split(":")[0] for line in said] == [
+        "* your tokens", "* your model's first loss", "* your training run", "* your first story"]
+    first, last = map(float, said[2].split(": ")[1].split(" nats")[0].split(" down to "))
+    assert abs(first - 6.24) < 0.7 and last < first - 3
+    assert json.loads(Path(".milestones.json").read_text(encoding="utf-8"))[1]  # kept, not made again each time
+
+
+def test_pytest_tells_the_same(lm):
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "softmax and not log", str(lm)], cwd=lm,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+    answer(lm, "softmax", "the sum runs over the last axis, whatever `dim` says")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "softmax and not log", str(lm)], cwd=lm,
+                          capture_output=True, text=True)
+    answer(lm, "softmax")
+    assert "likely mistake: the sum runs over the last axis" in done.stdout and done.returncode == 1
+
+
+ODD = {  # part -> a file, and what is said of it
+    "get_batch": ("def get_batch(tokens):\n    return tokens", "the book's is called as get_batch(tokens"),
+    "train_bpe": ("import os\ndef train_bpe(path, size, special):\n    os._exit(0)", "your code ended the process"),
+    "Linear": ("def Linear(:", "cannot be imported: it raises SyntaxError"),
+    "temper": ("x = 1", "defines no temper"),
+    "softmax": ("def softmax(x, dim):\n    x -= x.max()\n    return x.softmax(dim)", "the input is changed in place"),
+    "attention": ("def attention(q, k, v, mask=None):\n    while True: pass", "is there an endless loop?"),
+    "cosine_lr": ("import torch\ntorch.set_default_dtype(torch.float64)\ndef cosine_lr(*a):\n    return 0.0",
+                  "it changes torch's default dtype"),
+    "entropy": ("count = []\ndef entropy(probs):\n    count.append(1)\n    return probs.sum(-1) * len(count)",
+                "two calls with the same input differ"),
+    "log_softmax": ("def log_softmax(x, dim):\n    print('here')\n    return x.log_softmax(dim)", None),
+}
+
+
+def test_code_that_does_not_behave_gets_a_line_and_the_rest_is_marked(lm, tmp_path):
+    for name, (text, _) in ODD.items():
+        (tmp_path / course.PLACES[name]).parent.mkdir(exist_ok=True)
+        (tmp_path / course.PLACES[name]).write_text(text, encoding="utf-8")
+    marks = {mark.part: mark for mark in course.mark_folder(tmp_path, list(ODD) + ["Muon"], time_limit=5.0)}
+    for name, (_, words) in ODD.items():
+        assert words is None or words in marks[name].text, marks[name].text
+    assert marks["log_softmax"].right and marks["log_softmax"].printed[0] == "here"
+    assert "is not there" in marks["Muon"].error and marks["Muon"].points == 0
+
+
+@pytest.mark.timeout(1200)
+def test_a_class_is_marked_by_one_command(lm, tmp_path, monkeypatch, capsys):
+    wrong = course.start(str(tmp_path / "wrong"))
+    course.start(str(tmp_path / "stub"))
+    slips = {"RMSNorm": "epsilon is added outside the root", "AdamW": "there is no bias correction",
+             "generate": "stop_id is ignored"}
+    for name in PARTS:
+        answer(wrong, name, slips.get(name))
+    monkeypatch.chdir(tmp_path)
+    Path("right").symlink_to(lm)
+    for report in ("points.json", "points.xml"):
+        assert cli.main(["check", "right", "wrong", "stub", "--seed=3", "--time_limit=250", "--report", report]) == 1
+    of = sum(len(part.cases) for part in PARTS.values())
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert [row[0] for row in table] == ["right", "wrong", "stub"]
+    points = [int(row[-1].split("/")[0]) for row in table]
+    assert points[0] == of and points[2] == 0 < points[1] < of
+    found = json.loads(Path("points.json").read_text(encoding="utf-8"))
+    assert found["seed"] == 3 and [entry["points"] for entry in found["folders"].values()] == points
+    for name, words in slips.items():
+        assert found["folders"]["wrong"]["parts"][name]["likely"][0] == words
+    suites = ElementTree.parse("points.xml").getroot()
+    assert [int(suite.get("tests")) - len(suite.findall(".//failure")) for suite in suites] == points
+
+
+def test_what_is_no_course_and_a_report_of_another_kind_are_told(lm, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["check", "."]) == 2 and "no folder that `tinylm start` made" in capsys.readouterr().err
+    assert cli.main(["check", str(lm), "--report", "points.pdf"]) == 2
+    assert ".xml or .json" in capsys.readouterr().err
+    with pytest.raises(InputError, match="is there already"):
+        course.start(str(tmp_path))
