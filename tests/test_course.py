@@ -22,7 +22,8 @@ def answer(folder, name, words=None):
     text = part.source
     for old, new in zip(*[iter(part.mistakes[words] if words else ())] * 2, strict=True):
         text = text.replace(old, new)
-    imports = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(("from ", "import "))]
+    imports = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("from ")]
+    imports = [line for line in imports if line not in HEAD]
     path.write_text(HEAD + "\n".join([*imports, "", text]), encoding="utf-8")
 
 
