@@ -66,10 +66,11 @@ ablations: .venv/run $(SAMPLE) $(SAMPLE_V2) $(SAMPLE_VALID)  ## run the plans of
 references: .venv/run  ## train anew the runs that tinylm compare knows (half an hour)
 	$(BIN)/tinylm search --preset debug --lrs 0.02 --seeds 0,1,2,3,4 --out $(FRESH)/bands
 	$(BIN)/tinylm search --preset laptop --lrs 0.01 --seeds 0,1,2,3,4 --out $(FRESH)/bands
+	$(BIN)/tinylm search --preset fast --lrs 0.01 --seeds 0,1,2,3,4 --out $(FRESH)/bands
 	$(BIN)/python -c "from tinylm.ablations import write_references as w; w('$(FRESH)/bands', '$(FRESH)/bands.json')"
 
 model: .venv/run  ## train anew the small model that comes with the package (about ten minutes)
-	$(BIN)/tinylm train --preset fast --cosine_cycle_iters 4000 --run_dir runs/model
+	$(BIN)/tinylm train --preset fast --no_qk_norm --cosine_cycle_iters 4000 --run_dir runs/model
 	$(BIN)/python -c "from tinylm.train import SHIPPED, save_int8 as s; s('runs/model', SHIPPED)"
 
 clean:  ## remove everything that was built, .venv included

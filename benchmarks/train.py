@@ -34,7 +34,7 @@ except ImportError:
 
 from tinylm.model import TransformerLM, flops_per_token
 from tinylm.optim import AdamW
-from tinylm.train import COMPILERS, PRESETS, commit, environment, get_batch, train_step
+from tinylm.train import COMPILERS, PRESETS, environment, get_batch, train_step
 
 KINDS = {"matrix products": ("mm", "bmm", "addmm"), "attention": ("attention",), "optimizer": ("optimizer",)}
 
@@ -210,9 +210,9 @@ def main():
     tokens = config.batch_size * config.context_length
     needed = 3 * flops_per_token(config) * tokens
     record = {"command": " ".join(["python benchmarks/train.py", *sys.argv[1:]]), "batch_size": config.batch_size,
-              "preset": options.preset, "rounds": options.rounds, "commit": commit(),
-              "environment": environment("cpu"),
+              "preset": options.preset, "rounds": options.rounds, "environment": environment("cpu"),
               "peak_mb": {name: peak(name, options) for name in names() if name != "tinylm, compiled"}}
+    record["commit"] = record["environment"].pop("commit")
     record["steps"], record["optimizers"], ratios = {}, {}, []
     print("| threads | | s a step | tokens/s | GFLOP/s | share of products alone | peak MB |")
     print("|---:|---|---:|---:|---:|---:|---:|")

@@ -209,7 +209,7 @@ def test_wandb_keeps_the_log_without_a_network(config, tmp_path):
 def test_auto_is_the_best_device_there_is(monkeypatch, there, best):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
-    assert tinylm.train.pick_device("auto") == best
+    assert tinylm.train._pick_device("auto") == best
 
 
 @pytest.mark.parametrize("change, match", [

@@ -459,8 +459,8 @@ def compare_run(source: str | Path) -> tuple[bool, str]:
     found. Raises InputError if it is no run, or there is no fitting reference.
     """
     folder = Path(source) if Path(source).is_dir() else None
-    run = read_json(folder / "config.json" if folder else source)
     try:
+        run = read_json(folder / "config.json" if folder else source)
         corpus = run["data" if folder else "corpus"]
         config = run if folder else run["config"]
         curve = read_metrics(folder) if folder else run["curve"]
@@ -468,8 +468,8 @@ def compare_run(source: str | Path) -> tuple[bool, str]:
         rows = [(r["step"], k, r[k], "diverged" in r) for r in curve for k in _LOSSES]
         ours = asdict(TrainConfig()) | config | {"corpus": corpus["sha256"]}
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        what = f"neither the folder of a run nor the record of one ({error!r})"
-        raise InputError(f"{source}: {what}") from error
+        what = "neither the folder of a run, with its config.json, nor a record"
+        raise InputError(f"{source}: {what} ({error})") from error
     references = read_json(Path(tinylm.__file__).with_name("bands.json"))
     if key not in references:
         raise InputError(f"no reference curves for {key}; there are {list(references)}")

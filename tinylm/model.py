@@ -55,8 +55,7 @@ class ModelConfig:
             raise InputError(f"{shape}; expected whole heads, of even size for RoPE")
         kv = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         if kv < 1 or self.num_heads % kv:
-            found = f"num_kv_heads is {kv}"
-            raise InputError(f"{found}; expected a divisor of {self.num_heads} heads")
+            raise InputError(f"num_kv_heads is {kv}; expected a divisor of num_heads")
 
 # %% ../nbs/03_model.ipynb #02d95132
 def attention_weights(
@@ -152,12 +151,12 @@ class MultiHeadSelfAttention(nn.Module):
 
 # %% ../nbs/03_model.ipynb #dbce4390
 class TransformerBlock(nn.Module):
-    """Attention, then a feed-forward network, each added to the residual stream."""
+    """Attention, then a feed-forward network, each added to the residual stream.
+
+    All blocks of a model share one rope."""
 
     def __init__(
-        self,
-        config: ModelConfig,  # widths and the ablation switches
-        rope: RotaryPositionalEmbedding | None = None,  # shared by all blocks
+        self, config: ModelConfig, rope: RotaryPositionalEmbedding | None = None
     ):
         super().__init__()
         norm = nn.Identity if config.norm == "none" else RMSNorm
@@ -181,13 +180,11 @@ class TransformerBlock(nn.Module):
 
 # %% ../nbs/03_model.ipynb #9ee978d6
 class TransformerLM(nn.Module):
-    """Predict, at every position, the scores of all tokens that may come next."""
+    """Predict, at every position, the scores of all tokens that may come next.
 
-    def __init__(
-        self,
-        config: ModelConfig,  # every size and switch of the model
-        seed: int = 0,  # of the initial parameters
-    ):
+    Each parameter's first numbers depend on the seed and its name alone."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0):
         super().__init__()
         self.config = c = config
         table = (c.rope_theta, c.d_model // c.num_heads, c.context_length)
@@ -221,9 +218,7 @@ class TransformerLM(nn.Module):
         return self.lm_head(self.ln_final(x))
 
 # %% ../nbs/03_model.ipynb #1d11ee86
-def parameter_table(
-    config: ModelConfig,  # sizes and switches
-) -> dict[str, int]:  # number of parameters by part of the model
+def parameter_table(config: ModelConfig) -> dict[str, int]:
     """Count the parameters of a TransformerLM by formula, part by part."""
     d, layers = config.d_model, config.num_layers
     head_size = d // config.num_heads
@@ -239,9 +234,7 @@ def parameter_table(
     }
 
 # %% ../nbs/03_model.ipynb #d8a83f06
-def num_parameters(
-    config: ModelConfig,  # sizes and switches
-) -> int:  # number of parameters
+def num_parameters(config: ModelConfig) -> int:
     """Count the parameters of a TransformerLM by formula, without building it."""
     return sum(parameter_table(config).values())
 
@@ -257,18 +250,17 @@ class _TiedHead(nn.Module):
     def weight(self) -> Tensor:
         return self.table[0].weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T
+    forward = Linear.forward  # with this weight
 
 # %% ../nbs/03_model.ipynb #2ab26cf7
-def flops_per_token(
-    config: ModelConfig,  # sizes and switches
-) -> int:  # floating-point operations of a forward pass, per token
-    """Count the operations of all matrix products; training takes 3 times as many."""
-    parts = parameter_table(config)
-    matrices = parts["attention"] + parts["feed-forward"]
-    matrices += config.vocab_size * config.d_model  # the head's, tied or not
-    scores_and_averages = config.num_layers * 2 * config.context_length * config.d_model
+def flops_per_token(config: ModelConfig) -> int:
+    """Count the floating-point operations of all matrix products in a forward pass.
+
+    They are per token, on a full context; training takes 3 times as many."""
+    parts, d = parameter_table(config), config.d_model
+    # the head is a matrix, tied or not
+    matrices = parts["attention"] + parts["feed-forward"] + config.vocab_size * d
+    scores_and_averages = config.num_layers * 2 * config.context_length * d
     return 2 * (matrices + scores_and_averages)
 
 # %% ../nbs/03_model.ipynb #27b0ac4c
@@ -280,16 +272,15 @@ def memory_table(
     """Estimate the memory of a training step on full contexts with AdamW."""
     d, layers, short = config.d_model, config.num_layers, dtype == "bfloat16"
     parts, weights = parameter_table(config), 4 * num_parameters(config)
-    matrices = parts["attention"] + parts["feed-forward"]
-    matrices += config.vocab_size * d  # the head's, tied or not
+    matrices = parts["attention"] + parts["feed-forward"] + config.vocab_size * d
     tokens = batch_size * config.context_length
-    widths = 6  # of D numbers a layer: inputs of attention and network; q, k, v; heads
-    # and, when short, a copy of an input for each further matrix
-    widths += short * (2 + config.use_rope + (config.ffn == "swiglu"))
+    # of D numbers a layer: inputs of attention and network; q, k, v; heads; and, when
+    # short, a copy of an input for each further matrix
+    widths = 6 + short * (2 + config.use_rope + (config.ffn == "swiglu"))
     in_products = layers * (widths * d + 3 * config.d_ff) + d
     norms = 0 if config.norm == "none" else 2 * layers + 1
-    exact = norms * (d + 1)  # inputs and roots of norms
-    exact += layers * config.num_heads + 2  # sums of exponentials; ids take two
+    # inputs and roots of norms; sums of exponentials; ids take two
+    exact = norms * (d + 1) + layers * config.num_heads + 2
     if config.qk_norm:  # inputs and roots of these norms
         heads = config.num_heads + (config.num_kv_heads or config.num_heads)
         in_products += layers * heads * (d // config.num_heads)

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'FREE', 'COMPILERS', 'OnEval', 'OnLog', 'SHIPPED', 'evaluate', 'evaluate_stories', 'TrainConfig',
-           'Diverged', 'train_step', 'pick_device', 'read_config', 'read_metrics', 'checkpoints', 'environment',
-           'commit', 'Log', 'tracker', 'load_newest', 'Stopped', 'train', 'save_int8', 'load_int8', 'load_run',
-           'plot_run', 'Watch', 'forecast', 'record_run']
+           'Diverged', 'train_step', 'read_config', 'read_metrics', 'environment', 'Stopped', 'train', 'save_int8',
+           'load_run', 'plot_run', 'Watch', 'forecast', 'record_run']
 
 # %% ../nbs/05_train.ipynb #bbb734ed
 import importlib.util
@@ -15,13 +14,13 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from pathlib import Path
 from signal import Signals
 from typing import Any, Literal
@@ -136,32 +135,27 @@ class TrainConfig(ModelConfig):
         """Raise InputError for the first value that cannot work."""
         super().__post_init__()
         cycle, pieces = self.cosine_cycle_iters, self.grad_accum_steps
-        needs: list[tuple[str, Callable[[Any], bool], str]] = [
+        for names, low, high, expected in [
             ("batch_size grad_accum_steps cosine_cycle_iters max_steps log_every "
-             "eval_every eval_windows checkpoint_every", lambda x: x >= 1, "1 or more"),
-            ("lr muon_lr max_l2_norm max_minutes", lambda x: 0 < x < math.inf,
-             "more than 0"),
-            ("beta1 beta2", lambda x: 0 <= x < 1, "at least 0 and less than 1"),
-            ("weight_decay seed", lambda x: 0 <= x < math.inf, "0 or more"),
-            ("min_lr", lambda x: 0 <= x <= self.lr, f"0 to lr, which is {self.lr}"),
-            ("warmup_iters", lambda x: 0 <= x < cycle,
-             f"0 or more, and less than cosine_cycle_iters, which is {cycle}"),
-            ("batch_size", lambda x: x % pieces == 0,
-             f"a multiple of grad_accum_steps, which is {pieces}"),
-        ]
-        for names, fits, expected in needs:
+             "eval_every eval_windows checkpoint_every", 1, math.inf, "1 or more"),
+            ("lr muon_lr max_l2_norm max_minutes", 1e-99, math.inf, "more than 0"),
+            ("beta1 beta2", 0, 1, "at least 0 and less than 1"),
+            ("weight_decay seed min_lr", 0, math.inf, "0 or more"),
+            ("warmup_iters", 0, cycle, f"0 to cosine_cycle_iters, {cycle}"),
+        ]:
             for name in names.split():
-                if (x := getattr(self, name)) is not None and not fits(x):
+                x = getattr(self, name)
+                if x is not None and not low <= x < high:
                     raise InputError(f"{name} is {x}; expected {expected}")
+        if self.min_lr is not None and self.min_lr > self.lr:
+            raise InputError(f"min_lr is {self.min_lr}; expected 0 to lr, {self.lr}")
+        if self.batch_size % pieces:
+            raise InputError(f"batch_size {self.batch_size} is no multiple of {pieces}")
 
     @property
     def last_step(self) -> int:
         """The step after which training ends."""
         return self.cosine_cycle_iters if self.max_steps is None else self.max_steps
-
-    def lr_at(self, step: int) -> float:
-        """Compute the learning rate of one step, counted from 1."""
-        return rate_at(step, self)
 
 # %% ../nbs/05_train.ipynb #b034cb68
 PRESETS = {  # what `--preset` begins with
@@ -173,27 +167,24 @@ PRESETS = {  # what `--preset` begins with
         preset="laptop", vocab_size=1792, d_model=128, num_layers=2, num_heads=8,
         d_ff=352, lr=1e-2, batch_size=8, warmup_iters=50, cosine_cycle_iters=1200,
         log_every=10, eval_every=200, eval_windows=64, checkpoint_every=200),
-    "reference": TrainConfig(preset="reference"),
-}
+    "reference": TrainConfig()}
 PRESETS["fast"] = replace(  # the recipe of chapter 12, at the size of `laptop`
-    PRESETS["laptop"], preset="fast", num_heads=4, optimizer="muon", schedule="linear",
-    min_lr=0.0, windows="stories")
+    PRESETS["laptop"], preset="fast", num_heads=4, qk_norm=True, optimizer="muon",
+    schedule="linear", min_lr=0.0, windows="stories")
 
 
-FREE = {  # what may change when a run goes on: it has no effect on what is learned
-    "run_dir", "resume", "preset", "watch", "max_steps", "max_minutes", "device",
-    "data_dir", "log_every", "eval_every", "checkpoint_every", "fsdp", "compile",
-    "tracker",
-}
+# What may change when a run goes on: it has no effect on what is learned.
+FREE = {"run_dir", "resume", "preset", "data_dir", "device", "fsdp", "compile",
+        "watch", "max_steps", "max_minutes", "log_every", "eval_every",
+        "checkpoint_every", "tracker"}
 
 # %% ../nbs/05_train.ipynb #0a5f1c34
 class Diverged(RuntimeError):
     """The loss or its gradient is no finite number; the step was not taken."""
 
     def __init__(self, step: int, loss: float, grad_norm: float):
-        found = f"loss {loss}, gradient norm {grad_norm}"
-        advice = "lower the learning rate"
-        super().__init__(f"training diverged at step {step}: {found}; {advice}")
+        super().__init__(f"training diverged at step {step}: loss {loss}, "
+                         f"gradient norm {grad_norm}; lower the learning rate")
         self.step, self.loss, self.grad_norm = step, loss, grad_norm
 
 
@@ -207,10 +198,8 @@ def train_step(
 ) -> tuple[float, float]:  # loss before the update, gradient norm before clipping
     """Take one step. Raises Diverged, before it, for a loss that is no number."""
     for group in optimizer.param_groups:
-        group["lr"] = config.lr_at(step) * group.get("times_lr", 1)
+        group["lr"] = rate_at(step, config) * group.get("times_lr", 1)
     optimizer.zero_grad()
-    if watch:
-        watch.begin()
     pieces, total = config.grad_accum_steps, torch.zeros((), device=batch[0].device)
     for x, y in zip(batch[0].chunk(pieces), batch[1].chunk(pieces), strict=True):
         half = config.dtype == "bfloat16"
@@ -231,7 +220,7 @@ def train_step(
     return loss_value, norm_value
 
 # %% ../nbs/05_train.ipynb #6b02821e
-def pick_device(name: str) -> str:
+def _pick_device(name: str) -> str:
     """Check that a device is there, or choose the best one for "auto"."""
     best = "mps" if torch.backends.mps.is_available() else "cpu"
     best = "cuda" if torch.cuda.is_available() else best
@@ -240,8 +229,7 @@ def pick_device(name: str) -> str:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        what = f"device {name!r} cannot be used here"
-        raise InputError(f"{what}; try {best} or auto") from error
+        raise InputError(f"device {name!r} cannot be used here; try {best}") from error
     return name
 
 
@@ -253,8 +241,8 @@ def _check_machine(config: TrainConfig) -> tuple[str, dict[str, int]]:
 
     Raises InputError if the machine cannot do what the config wants.
     """
-    device, processes = pick_device(config.device), world_size()
-    pieces, tracker = processes * config.grad_accum_steps, config.tracker
+    device, processes = _pick_device(config.device), world_size()
+    pieces = processes * config.grad_accum_steps
     memory = memory_table(config, config.batch_size // pieces, config.dtype)
     for name in ("weights", "gradients", "optimizer"):
         memory[name] //= processes if config.fsdp else 1
@@ -266,17 +254,17 @@ def _check_machine(config: TrainConfig) -> tuple[str, dict[str, int]]:
         there //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     no_compiler = device == "cpu" and not any(map(shutil.which, COMPILERS))
+    show = config.tracker
     for wrong, message in [
         (config.batch_size % pieces, f"batch_size {config.batch_size} must be a "
          f"multiple of {pieces}: processes x grad_accum_steps"),
-        (config.fsdp and processes == 1, "fsdp shares out the model among several "
-         "processes; start them with torchrun, or leave it out"),
-        (restarts and config.run_dir is None, "torchrun --max-restarts needs "
-         "--run_dir, by which a run that starts again is found"),
-        (config.compile and no_compiler, "compile needs a C++ compiler on the PATH: "
-         f"{', '.join(COMPILERS)}; or leave it out"),
-        (tracker != "none" and importlib.util.find_spec(tracker) is None,
-         f"tracker {tracker} is a package that is not there; pip install {tracker}"),
+        (config.fsdp and processes == 1, "fsdp is for several processes; "
+         "start them with torchrun"),
+        (restarts and not config.run_dir, "torchrun --max-restarts needs --run_dir"),
+        (config.compile and no_compiler,
+         f"compile needs a C++ compiler: {', '.join(COMPILERS)}"),
+        (show != "none" and importlib.util.find_spec(show) is None,
+         f"tracker {show} is a package that is not there; pip install {show}"),
         (needed > there, f"a step needs {needed / 1e9:.1f} GB of memory, and {device} "
          f"has {there / 1e9:.1f}; raise --grad_accum_steps, or take a smaller batch"),
     ]:
@@ -290,9 +278,8 @@ def read_config(run_dir: str | Path) -> TrainConfig:
     path = Path(run_dir, "config.json")
     if not path.exists():
         raise InputError(f"{run_dir}: not a run folder, it has no config.json")
-    saved = read_json(path)
-    names = [field.name for field in fields(TrainConfig) if field.name in saved]
-    return TrainConfig(**{name: saved[name] for name in names})
+    saved, known = read_json(path), {field.name for field in fields(TrainConfig)}
+    return TrainConfig(**{name: saved[name] for name in saved.keys() & known})
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -301,56 +288,47 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file if line.endswith("\n")]
 
 
-def checkpoints(run_dir: str | Path) -> list[Path]:
+def _checkpoints(run_dir: str | Path) -> list[Path]:
     """List a run's checkpoints, the newest first; under other names are the user's."""
-    names = Path(run_dir, "checkpoints").glob("step-" + 8 * "[0-9]")
-    return sorted(names, reverse=True)
+    return sorted(Path(run_dir, "checkpoints").glob("step-" + 8 * "[0-9]"))[::-1]
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Describe the machine and the versions in use, for records."""
-    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.exists():
-        rows = info.read_text(encoding="utf-8").splitlines()
-        cpu = next((r.split(": ")[1] for r in rows if r.startswith("model name")), cpu)
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else device
+    """Describe the machine, the versions and the commit in use, for records."""
+    info, here = Path("/proc/cpuinfo"), Path(tinylm.__file__).parent
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    model = re.search(r"model name\s*: (.*)", text)
+    failed, commit = subprocess.getstatusoutput(f'git -C "{here}" rev-parse HEAD')
     return {
-        "device": name, "cpu": cpu, "cores": os.cpu_count(), "processes": world_size(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "cpu": model[1] if model else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(), "processes": world_size(),
         "threads": torch.get_num_threads(), "platform": platform.platform(),
         "python": platform.python_version(), "torch": torch.__version__,
         "numpy": np.__version__, "tinylm": tinylm.__version__,
+        "commit": None if failed else commit,
     }
-
-
-def commit() -> str | None:
-    """Find the commit of this code, 40 hexadecimal digits, if it is in a repository."""
-    git = ["git", "-C", str(Path(tinylm.__file__).parent), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.check_output(git, stderr=subprocess.DEVNULL)
-        return found.decode().strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 # %% ../nbs/05_train.ipynb #eeb44715
 @on_rank0
 def _open_folder(
-    config: TrainConfig,
-    held: ExitStack,  # gets the lock
+    config: TrainConfig, held: ExitStack
 ) -> tuple[Path, TokenFile, TokenFile, float | None]:
-    """Prepare the data; make the run's folder, or find one made by this config."""
+    """Prepare the data; make the run's folder, or find one made by this config.
+
+    `held` gets the lock.
+    """
     run_dir = Path(config.resume or config.run_dir or "").expanduser()
     if config.resume is not None:
         read_config(run_dir)  # it must be there
     tokenizer, train_file, valid_file = prepare(config)
+    name, now = corpus_name(config.corpus), time.strftime("%Y-%m-%d-%H%M%S")
+    number = itertools.count(2)  # several runs may begin in the same second
     try:
         if config.resume is None and config.run_dir is None:
-            now = time.strftime("%Y-%m-%d-%H%M%S")
-            new = f"runs/{now}-{corpus_name(config.corpus)}-{config.preset}"
-            for i in itertools.count(1):  # several runs may begin in the same second
-                run_dir = Path(f"{new}-{i}" if i > 1 else new)
-                with suppress(FileExistsError):
-                    run_dir.mkdir(parents=True)
-                    break
+            run_dir = new = Path("runs", f"{now}-{name}-{config.preset}")
+            while run_dir.exists():
+                run_dir = Path(f"{new}-{next(number)}")
         run_dir.mkdir(parents=True, exist_ok=True)
         held.enter_context(FileLock(run_dir / ".lock", timeout=0))
     except Timeout as error:
@@ -360,22 +338,22 @@ def _open_folder(
 
     path, ours = run_dir / "config.json", asdict(config)
     data: dict[str, Any] = {
-        "name": corpus_name(config.corpus), "tokens": train_file.count,
-        "sha256": train_file.sha256, "valid_tokens": valid_file.count,
-        "valid_sha256": valid_file.sha256, "fingerprint": tokenizer.fingerprint}
+        "name": name, "tokens": train_file.count, "sha256": train_file.sha256,
+        "valid_tokens": valid_file.count, "valid_sha256": valid_file.sha256,
+        "fingerprint": tokenizer.fingerprint}
     if path.exists():
         saved = read_json(path)
-        for name in (name for name in ours if name not in FREE):
-            before = saved.get(name, getattr(TrainConfig, name, None))
-            if before != ours[name]:
-                what = f"made with {name} {before}, not {ours[name]}"
-                advice = "go on with what it was made with, or choose another --run_dir"
-                raise InputError(f"{run_dir}: {what}; {advice}")
-        for name, what in [("fingerprint", "tokenizer"), ("sha256", "training text"),
-                           ("valid_sha256", "validation text")]:
-            if saved["data"].get(name) != data[name]:
-                what = f"its {what} has changed since it began"
-                raise InputError(f"{run_dir}: {what}; bring that back, or start anew")
+        for field, x in ours.items():
+            before = saved.get(field, getattr(TrainConfig, field, None))
+            if field not in FREE and before != x:
+                raise InputError(
+                    f"{run_dir}: made with {field} {before}, not {x}; go on with what "
+                    "it was made with, or choose another --run_dir")
+        for key, what in [("fingerprint", "tokenizer"), ("sha256", "training text"),
+                          ("valid_sha256", "validation text")]:
+            if saved["data"].get(key) != data[key]:
+                raise InputError(f"{run_dir}: its {what} has changed since it began; "
+                                 "bring that back, or start anew")
         for folder in Path(run_dir, "checkpoints").glob(".*.tmp"):
             shutil.rmtree(folder, ignore_errors=True)  # by one that was killed
         return run_dir, train_file, valid_file, saved["data"]["floor"]
@@ -383,29 +361,28 @@ def _open_folder(
     ours_begun = ("tokenizer", ".")  # by one that was killed before it wrote its config
     if any(not there.name.startswith(ours_begun) for there in run_dir.iterdir()):
         raise InputError(f"{run_dir}: it holds files, and no run; choose another")
-    try:
-        floor = fables_floor(valid_file.tokens(), tokenizer, config.context_length)
-    except InputError:  # it is another text
-        floor = None
     text = fetch_corpus(config.corpus, config.data_dir, config.val_corpus)["train"]
-    data |= {"bytes": text.stat().st_size, "floor": floor}
+    data |= {"bytes": text.stat().st_size, "floor": None}
+    with suppress(InputError):  # it is another text
+        valid_tokens, length = valid_file.tokens(), config.context_length
+        data["floor"] = fables_floor(valid_tokens, tokenizer, length)
     tokenizer.save(run_dir / "tokenizer")
+    machine = environment(_pick_device(config.device))
     with atomic_write(path, "w") as file:
-        made = {**ours, "run_dir": str(run_dir), "data": data, "commit": commit()}
-        machine = environment(pick_device(config.device))
-        json.dump({**made, "environment": machine}, file, indent=1)
-    return run_dir, train_file, valid_file, floor
+        json.dump({**ours, "run_dir": str(run_dir), "data": data, "commit":
+                   machine.pop("commit"), "environment": machine}, file, indent=1)
+    return run_dir, train_file, valid_file, data["floor"]
 
 # %% ../nbs/05_train.ipynb #ce873f86
 OnEval = Callable[[TransformerLM, Tokenizer, int], str | None]  # model, tokenizer, step
 OnLog = Callable[[dict[str, Any]], None]  # a line of the log
 
 
-class Log:
+class _Log:
     """The log of a run: what the steps since its last line gave, and its two files."""
 
     def __init__(self, run_dir: Path, config: TrainConfig, state: dict[str, Any] | None,
-                 listeners: list[OnLog | None], watch: "Watch | None"):
+                 listeners: list[OnLog], watch: "Watch | None"):
         saved: dict[str, Any] = state["extra"] if state else {}
         self.run_dir, self.config, self.watch = run_dir, config, watch
         self.listeners, self.pending = listeners, saved.get("pending", [])
@@ -436,34 +413,30 @@ class Log:
         row: dict[str, Any] = {
             "step": step, "tokens": step * tokens,
             "seconds": round(time.perf_counter() - self.started, 3), "train_loss": None,
-            "val_loss": None, "lr": self.config.lr_at(step) if step else None,
+            "val_loss": None, "lr": rate_at(step, self.config) if step else None,
             "grad_norm": None, "tokens_per_second": None}
         if self.pending:
             losses, norms, seconds = zip(*self.pending, strict=True)
-            speed = round(len(losses) * tokens / sum(seconds), 1)
             row |= {"train_loss": sum(losses) / len(losses), "grad_norm": max(norms),
-                    "tokens_per_second": speed}
+                    "tokens_per_second": round(len(losses) * tokens / sum(seconds), 1)}
         row |= {**(self.watch.row if self.watch else {}), **more}
         self.append("metrics.jsonl", json.dumps(row) + "\n")
         for listener in self.listeners:
-            if listener:
-                listener(row)
+            listener(row)
         self.pending = []
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must know to go on, after storing the files."""
-        names = ("metrics.jsonl", "samples.txt")
-        sizes = {name: self.append(name, "") for name in names}
+        sizes = {n: self.append(n, "") for n in ("metrics.jsonl", "samples.txt")}
         seconds = time.perf_counter() - self.started
         return {"pending": self.pending, "seconds": seconds, "sizes": sizes}
 
 # %% ../nbs/05_train.ipynb #3f9dcb27
-def tracker(
-    config: TrainConfig,  # its field `tracker` chooses
-    run_dir: Path,  # where the files of TensorBoard or Weights & Biases go
-    step: int,  # what was told of later steps, before a crash, is dropped
-) -> OnLog | None:
-    """Open a program that shows the log as well; what it returns takes each line."""
+def _tracker(config: TrainConfig, run_dir: Path, step: int) -> OnLog | None:
+    """Open a program that shows the log as well; what it returns takes each line.
+
+    What it was told of later steps than this one, before a crash, is dropped.
+    """
     if config.tracker == "none" or rank() > 0:
         return None
     if config.tracker == "wandb":
@@ -487,17 +460,15 @@ def tracker(
     return show
 
 
-def load_newest(
-    run_dir: str | Path,  # the folder of a run
-    model: nn.Module,  # gets the parameters
-    optimizer: torch.optim.Optimizer | None = None,  # gets its state
-) -> dict[str, Any] | None:  # its state.json, None if the run has no checkpoint yet
+def _load_newest(
+    run_dir: str | Path, model: nn.Module, optimizer: Any = None
+) -> dict[str, Any] | None:
     """Load the newest checkpoint that is not damaged; name those that are.
 
-    Raises InputError when there are some, and all of them are damaged.
+    Returns its state.json, None if the run has no checkpoint yet. Raises InputError
+    when there are some, and all of them are damaged.
     """
-    folders = checkpoints(run_dir)
-    for folder in folders:
+    for folder in (folders := _checkpoints(run_dir)):
         try:
             load_checkpoint(folder, model, optimizer)
             return read_json(folder / "state.json")
@@ -525,23 +496,21 @@ class Stopped(KeyboardInterrupt):
     """A signal asked the run to stop; it has finished its step and saved."""
 
     def __init__(self, signum: int, run_dir: Path):
-        name = Signals(signum).name
-        super().__init__(f"stopped by {name}; go on with --resume {run_dir}")
+        what = f"stopped by {Signals(signum).name}"
+        super().__init__(f"{what}; go on with --resume {run_dir}")
         self.exit_code = 128 + signum
 
 # %% ../nbs/05_train.ipynb #e0097bc9
-def _evaluate_and_tell(
-    log: Log, model: Any, tokenizer: Tokenizer, valid_tokens: np.ndarray, step: int,
-    floor: float | None, on_eval: OnEval | None,
-) -> None:
+def _evaluate_and_tell(log: _Log, model: Any, tokenizer: Tokenizer, valid: np.ndarray,
+                       step: int, floor: float | None, on_eval: OnEval | None) -> None:
     """Log the validation loss, at the end that of whole stories too; keep a story."""
     config, stories = log.config, {}
-    val_loss = evaluate(model, valid_tokens, config)
+    val_loss = evaluate(model, valid, config)
     if not math.isfinite(val_loss):
         raise Diverged(step, val_loss, math.nan)
     if floor is not None and step == config.last_step:
         end = tokenizer.special_tokens[END_OF_TEXT]
-        story_loss, _, count = evaluate_stories(model, valid_tokens, end)
+        story_loss, _, count = evaluate_stories(model, valid, end)
         stories = {"story_loss": story_loss, "floor": floor, "stories": count}
     log.line(step, val_loss=val_loss, **stories)
     if on_eval is None:
@@ -561,23 +530,22 @@ def _report(config: TrainConfig, run: Path, begun: int, step: int, stop: int) ->
     last = config.last_step
     if step < last and stop > 1:
         raise Stopped(stop, run)
-    over = f"{config.max_minutes} minutes are over at step {step}"
     if step < last:
-        say(f"{over}; go on with --resume {run}")
+        say(f"{config.max_minutes} minutes are over at step {step}; "
+            f"go on with --resume {run}")
     elif begun == step:
         done = f"step {step} is done, and the last is {last}"
         say(f"{run}: {done}; more with --max_steps")
-    rows = [row for row in read_metrics(run) if row["val_loss"] is not None]
-    for row in rows[-1:]:
-        line = f"validation loss {row['val_loss']:.4f} after step {row['step']}"
-        if "floor" in row:
-            loss, floor = row["story_loss"], row["floor"]
-            line += (f"; on the {row['stories']:,} stories that fit whole {loss:.4f}, "
-                     f"and their floor is {floor:.4f}: excess {loss - floor:.4f}")
-            if loss < floor - 0.01:
-                line += (". No model can know that much: validation stories must have "
-                         "come with the training text")
-        tqdm.write(line)
+    row = [row for row in read_metrics(run) if row["val_loss"] is not None][-1]
+    line = f"validation loss {row['val_loss']:.4f} after step {row['step']}"
+    if "floor" in row:
+        loss, floor = row["story_loss"], row["floor"]
+        line += (f"; on the {row['stories']:,} stories that fit whole {loss:.4f}, "
+                 f"and their floor is {floor:.4f}: excess {loss - floor:.4f}")
+        if loss < floor - 0.01:
+            line += (". No model can know that much: validation stories must have "
+                     "come with the training text")
+    tqdm.write(line)
 
 # %% ../nbs/05_train.ipynb #c22b7092
 @process_group()
@@ -595,24 +563,24 @@ def train(
     device, _ = _check_machine(config)
     with ExitStack() as held:
         run_dir, train_file, valid_file, floor = _open_folder(config, held)
-        tokens, valid_tokens = train_file.tokens(), valid_file.tokens()
+        tokens, valid = train_file.tokens(), valid_file.tokens()
         tokenizer = Tokenizer.load(run_dir / "tokenizer")
         model = TransformerLM(config, seed=config.seed).to(device)
         forward: Any = wrap(model, config.fsdp)
         optimizer, places = make_optimizer(model, config), window_starts(tokens, config)
-        state = load_newest(run_dir, model, optimizer)
+        state = _load_newest(run_dir, model, optimizer)
         step, last = (state["iteration"] if state else 0), config.last_step
         watch = Watch(model) if config.watch else None
         forward = torch.compile(forward) if config.compile and not watch else forward
-        listeners = [on_log, tracker(config, run_dir, step)]
-        log = Log(run_dir, config, state, listeners, watch)
+        listeners = filter(None, [on_log, _tracker(config, run_dir, step)])
+        log = _Log(run_dir, config, state, [*listeners], watch)
         noted = held.enter_context(noted_signals())
         bar = held.enter_context(tqdm(total=last, initial=step, mininterval=1))
         deadline = time.monotonic() + 60 * (config.max_minutes or math.inf)
         begun, length, starts, stop = step, config.context_length, np.empty(0), 0
         try:
             if step == 0:
-                log.line(0, val_loss=evaluate(model, valid_tokens, config))
+                log.line(0, val_loss=evaluate(model, valid, config))
             while step < last and not stop:
                 step, began = step + 1, time.perf_counter()
                 rng = np.random.default_rng([config.seed, step])
@@ -625,7 +593,7 @@ def train(
                 bar.update()
                 if step % config.eval_every == 0 or step == last:
                     _evaluate_and_tell(
-                        log, model, tokenizer, valid_tokens, step, floor, on_eval)
+                        log, model, tokenizer, valid, step, floor, on_eval)
                 elif step % config.log_every == 0:
                     log.line(step)
                 over = int(time.monotonic() >= deadline)  # 1: no signal's number
@@ -636,8 +604,8 @@ def train(
                         raise Diverged(step, loss, size)
                     path = run_dir / "checkpoints" / f"step-{step:08d}"
                     save_checkpoint(model, optimizer, step, path, log.state())
-                    older = [old for old in checkpoints(run_dir) if old <= path][3:]
-                    for old in older if rank() == 0 else []:
+                    older = [old for old in _checkpoints(run_dir) if old <= path]
+                    for old in older[3:]:  # all processes may try
                         shutil.rmtree(old, ignore_errors=True)
         except Diverged as error:
             log.line(step, diverged=True, divergence={
@@ -657,9 +625,8 @@ def save_int8(run_dir: str | Path, path: str | Path) -> None:
     Row by row, w = scale * q with q in -127 .. 127 and scale = max |w| / 127.
     """
     model, tokenizer, config = load_run(run_dir)
-    tensors = {}
-    for name, w in model.state_dict().items():
-        tensors[name] = w
+    tensors = model.state_dict()
+    for name, w in list(tensors.items()):
         if w.dim() == 2:
             scale = w.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
             tensors[name] = (w / scale).round().to(torch.int8)
@@ -673,7 +640,7 @@ def save_int8(run_dir: str | Path, path: str | Path) -> None:
         file.write(save(tensors, header))
 
 
-def load_int8(path: str | Path) -> tuple[TransformerLM, Tokenizer, TrainConfig]:
+def _load_int8(path: Path) -> tuple[TransformerLM, Tokenizer, TrainConfig]:
     """Read what `save_int8` wrote: the model in float32, its tokenizer, its config."""
     with safe_open(path, "pt") as file:
         about = {key: json.loads(text) for key, text in file.metadata().items()}
@@ -691,27 +658,27 @@ def load_int8(path: str | Path) -> tuple[TransformerLM, Tokenizer, TrainConfig]:
 
 # %% ../nbs/05_train.ipynb #1609f10d
 def load_run(
-    run_dir: str | Path,  # the folder of a run
+    run_dir: str | Path,  # the folder of a run, or what it was shipped as
     device: str = "cpu",  # where the model will live; "auto" for the best there is
 ) -> tuple[TransformerLM, Tokenizer, TrainConfig]:
     """Load the model of a run's newest valid checkpoint, its tokenizer and its config.
 
-    "tinylm" is the small model that comes with the package. Raises InputError when
-    there is nothing to load.
+    "tinylm" is the small model that comes with the package; a path that ends in
+    .safetensors is a file of `save_int8`. Raises InputError when there is nothing.
     """
-    if str(run_dir) == "tinylm":
-        model, tokenizer, config = load_int8(SHIPPED)
-        return model.to(pick_device(device)), tokenizer, config
-    config = read_config(run_dir)
-    model, folder = TransformerLM(config, seed=config.seed), Path(run_dir, "tokenizer")
-    if load_newest(run_dir, model) is None:
-        raise InputError(f"{run_dir}: the run has no checkpoint yet")
-    tokenizer = Tokenizer.load(folder)
-    data = read_json(Path(run_dir, "config.json"))["data"]
+    source = SHIPPED if str(run_dir) == "tinylm" else Path(run_dir)
+    if source.suffix == ".safetensors":
+        model, tokenizer, config = _load_int8(source)
+        return model.to(_pick_device(device)), tokenizer, config
+    config = read_config(source)
+    model, folder = TransformerLM(config, seed=config.seed), source / "tokenizer"
+    if _load_newest(source, model) is None:
+        raise InputError(f"{source}: the run has no checkpoint yet")
+    tokenizer, data = Tokenizer.load(folder), read_json(source / "config.json")["data"]
     if tokenizer.fingerprint != data["fingerprint"]:
         what = "not the tokenizer that this run began with"
         raise InputError(f"{folder}: {what}; bring that back")
-    return model.to(pick_device(device)), tokenizer, config
+    return model.to(_pick_device(device)), tokenizer, config
 
 # %% ../nbs/05_train.ipynb #5876ae9d
 def plot_run(source: str | Path) -> Any:
@@ -726,25 +693,22 @@ def plot_run(source: str | Path) -> Any:
         curve, data = read_metrics(source), read_json(source / "config.json")["data"]
     else:
         curve, data = (read_json(source)[key] for key in ("curve", "corpus"))
-    figure, axes = plt.subplot_mosaic([["nats per token", "learning rate"],
-                                       ["nats per token", "gradient norm"]],
-                                      width_ratios=[2.2, 1], figsize=(7.6, 3.6))
+    nats = "nats per token"
+    figure, axes = plt.subplot_mosaic(
+        [[nats, "learning rate"], [nats, "gradient norm"]],
+        width_ratios=[2.2, 1], figsize=(7.6, 3.6))
     for place, key, label in [
-        ("nats per token", "train_loss", "training"),
-        ("nats per token", "val_loss", "validation"),
+        (nats, "train_loss", "training"), (nats, "val_loss", "validation"),
         ("learning rate", "lr", ""), ("gradient norm", "grad_norm", ""),
     ]:
         rows = [row for row in curve if row.get(key) is not None]
         axes[place].plot([r["step"] for r in rows], [r[key] for r in rows], label=label)
         axes[place].set(xlabel="step", ylabel=place)
-    loss = axes["nats per token"]
-    if data["floor"] is not None:
-        name = f"floor {data['floor']:.3f}"
-        loss.axhline(data["floor"], color="black", ls=":", label=name)
-    loss.set(yscale="log")
-    loss.yaxis.set_major_formatter("{x:g}")
-    loss.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" * (f"{x:e}"[0] in "235"))
-    loss.legend()
+    if floor := data["floor"]:
+        axes[nats].axhline(floor, color="black", ls=":", label=f"floor {floor:.3f}")
+    axes[nats].set_yscale("log", subs=[2, 3, 5])
+    axes[nats].yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    axes[nats].legend()
     return figure
 
 # %% ../nbs/05_train.ipynb #3894fd76
@@ -753,31 +717,29 @@ class Watch:
 
     def __init__(self, model: Any):
         layers = [f"layers.{i}" for i in range(len(model.layers))]
-        names = ["token_embeddings", *layers, "ln_final", "lm_head"]
         self.row: dict[str, dict[str, float | str]] = {}  # of the step taken last
+        self.seen: dict[str, float | str] = {}  # activations of the step under way
         self.weights: dict[str, list[Any]] = {}
-        for name in names:
+        self.before: dict[str, list[Tensor]] = {}
+        for name in ["token_embeddings", *layers, "ln_final", "lm_head"]:
             part = model.get_submodule(name)
             part.register_forward_hook(
                 lambda module, inputs, x, name=name: self.activation(name, x))
             if weights := list(part.parameters()):  # ln_final may have none
                 self.weights[name] = weights
 
-    def begin(self) -> None:
-        """Remember the weights before a step."""
-        self.row = {"activations": {}, "gradients": {}, "updates": {}}
-        self.before = {name: [p.detach().clone() for p in weights]
-                       for name, weights in self.weights.items()}
-
     def activation(self, name: str, x: Tensor) -> None:
         """Note the root mean square of a part's output, but not in an evaluation."""
         if torch.is_grad_enabled():
             square = all_reduce_mean(x.detach().float().square().mean())
-            self.row["activations"][name] = _number(square.sqrt().item())
+            self.seen[name] = _number(square.sqrt().item())
 
     def gradients(self) -> None:
-        """Note the length of each part's gradient."""
+        """Note the length of each part's gradient, and the weights before a step."""
+        self.row = {"activations": self.seen, "gradients": {}, "updates": {}}
+        self.seen, self.before = {}, {}
         for name, weights in self.weights.items():
+            self.before[name] = [p.detach().clone() for p in weights]
             self.row["gradients"][name] = _number(_length([p.grad for p in weights]))
 
     def updates(self) -> None:
@@ -810,8 +772,8 @@ def forecast(config: TrainConfig) -> str:
         each = (time.perf_counter() - began) / rows
     tokens, steps = config.batch_size * config.context_length, config.last_step
     windows = (1 + math.ceil(steps / config.eval_every)) * config.eval_windows
-    seconds = timedelta(seconds=round(each * (steps * share + windows / 3)))
-    flops = 3 * tokens * flops_per_token(config)
+    minutes = each * (steps * share + windows / 3) / 60
+    flops, speed = 3 * tokens * flops_per_token(config), 1 / each / share
     parts = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in memory.items())
     return f"""\
 parameters  {num_parameters(config):,}
@@ -819,9 +781,8 @@ tokens      {steps * tokens:,} in {steps:,} steps of {tokens:,}
 operations  {steps * flops:.3g}
 memory      {sum(memory.values()) / 1e9:.2f} GB beside what Python and PyTorch hold
   in MB     {parts}
-time        {seconds}, {each * share:.3g} seconds a step
-speed       {tokens / each / share:,.0f} tokens/s, \
-{flops / each / share / 1e9:,.0f} GFLOP/s"""
+time        {minutes:,.1f} minutes, {1 / speed:.3g} seconds a step
+speed       {speed * tokens:,.0f} tokens/s, {speed * flops / 1e9:,.0f} GFLOP/s"""
 
 # %% ../nbs/05_train.ipynb #5b7ae130
 def record_run(
@@ -835,8 +796,7 @@ def record_run(
         "config": asdict(read_config(run_dir)), "corpus": saved["data"],
         "commit": saved["commit"], "environment": saved["environment"],
         "diverged_at_step": next((r["step"] for r in curve if r.get("diverged")), None),
-        "best_val_loss": min(losses, default=None), "curve": curve,
-    }
+        "best_val_loss": min(losses, default=None), "curve": curve}
     with atomic_write(dst, "w") as file:
         json.dump(record, file)
     return record
