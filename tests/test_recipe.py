@@ -13,10 +13,12 @@ import torch
 from tiny import metrics, one_thread, result, tell  # noqa: F401
 
 from tinylm.core import END_OF_TEXT, InputError
-from tinylm.data import prepare
+from tinylm.data import fables, fables_floor, prepare
 from tinylm.model import TransformerLM
 from tinylm.recipe import Muon, orthogonalize, rate_at
-from tinylm.train import PRESETS, TrainConfig, evaluate, forecast, make_optimizer, train, window_starts
+from tinylm.train import (
+    PRESETS, SHIPPED, TrainConfig, evaluate, evaluate_stories, forecast, load_run, make_optimizer, train, window_starts,
+)
 
 FAST = {"optimizer": "muon", "schedule": "linear", "min_lr": 0.0, "windows": "stories", "cosine_cycle_iters": 24,
         "eval_every": 8, "num_layers": 2}
@@ -152,3 +154,13 @@ def test_the_preset_is_a_set_of_values():
     fast, laptop = asdict(PRESETS["fast"]), asdict(PRESETS["laptop"])
     assert {name for name in fast if fast[name] != laptop[name]} >= {"preset", "optimizer", "schedule", "windows"}
     assert math.isclose(rate_at(PRESETS["fast"].last_step, PRESETS["fast"]), 0)
+
+
+def test_the_model_that_ships_is_small_and_knows_fables_that_it_has_not_read():
+    assert SHIPPED.stat().st_size < 1_100_000
+    model, tokenizer, config = load_run("tinylm")
+    assert (config.run_dir, config.data_dir) == (None, "data")  # nothing of the machine that trained it
+    text = "".join(f"{story}\n{END_OF_TEXT}\n" for story in fables(60, seed=12345))
+    ids = np.array(tokenizer.encode(text))
+    loss, _, count = evaluate_stories(model, ids, tokenizer.special_tokens[END_OF_TEXT])
+    assert count > 55 and loss - fables_floor(ids, tokenizer, config.context_length) < 0.05
