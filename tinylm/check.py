@@ -273,6 +273,8 @@ def _hollow(lines: list[str], tree: Any) -> str:
 def _load(path: str, name: str) -> Any:
     """Import a file, once, and take a part from it: NAME, or NAME:OBJECT. Raises InputError."""
     stem, folder = Path(path).stem, str(Path(path).resolve().parent)
+    if not os.path.exists(path):
+        raise InputError(f"{path} is not there")
     if folder not in sys.path:
         sys.path.append(folder)  # for what it imports, in its processes too
     known = sys.modules.get(stem)
