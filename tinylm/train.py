@@ -605,7 +605,7 @@ def train(
                     path = run_dir / "checkpoints" / f"step-{step:08d}"
                     save_checkpoint(model, optimizer, step, path, log.state())
                     older = [old for old in _checkpoints(run_dir) if old <= path]
-                    for old in older[3:]:  # all processes may try
+                    for old in older[3:] if rank() == 0 else []:
                         shutil.rmtree(old, ignore_errors=True)
         except Diverged as error:
             log.line(step, diverged=True, divergence={
