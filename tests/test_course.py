@@ -102,7 +102,7 @@ def test_code_that_does_not_behave_gets_a_line_and_the_rest_is_marked(lm, tmp_pa
     for name, (_, words) in ODD.items():
         assert words is None or words in marks[name].text, marks[name].text
     assert marks["log_softmax"].right and marks["log_softmax"].printed[0] == "here"
-    assert "No such file" in marks["Muon"].error and marks["Muon"].points == 0
+    assert "is not there" in marks["Muon"].error and marks["Muon"].points == 0
 
 
 @pytest.mark.timeout(1200)
