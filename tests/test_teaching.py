@@ -1,4 +1,4 @@
-"""The chapters without their answers: every answer becomes a stub that says so, and nbgrader's cells are whole."""
+"""What a teacher gets: chapters without answers, assignments for nbgrader, slides."""
 import __future__
 import ast
 import json
@@ -9,6 +9,7 @@ import pytest
 from conftest import CHAPTERS, ROOT
 
 sys.path.insert(0, str(ROOT / "nbs"))
+import _slides  # noqa: E402
 import _student  # noqa: E402
 
 
@@ -50,3 +51,11 @@ def test_nbgrader_gets_answers_between_its_markers_and_checks_in_locked_cells():
         assert "### BEGIN SOLUTION" in "".join(cells[name]["source"])
         assert (check is not None) == ("check(" in answer)
     assert graded == {}
+
+
+def test_slides_have_the_chapters_promises_and_pictures(tmp_path):
+    "The deck's Markdown; Quarto makes reveal.js of it."
+    text = _slides.slides(ROOT / "nbs/02_rope.ipynb", tmp_path)
+    assert text.startswith("# ") and text.count("\n## ") == len(list(tmp_path.iterdir())) >= 8
+    for name, alt in re.findall(r"\]\(([^)]+)\)\{fig-alt=\"(.+?)\"\}", text):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and len(alt) > 20
