@@ -70,7 +70,7 @@ def student(notebook: dict, nbgrader: bool = False) -> dict:
                 cells.append(cell(f"{name}-check", checks, solution=False, grade=True, locked=True))
             cells[-1]["metadata"]["nbgrader"]["points"] = 1
         else:
-            source = re.sub(r"(?s)<details><summary>An answer</summary>.*?</details>\n*", "", source)
+            source = re.sub(r"(?s)<details><summary>(?:An answer|The answer to [^<]*)</summary>.*?</details>\n*", "", source)
             source = re.sub(r"(?m)^#(\| ?(export\w*|default_exp|hide)\b.*| NBVAL.*)\n?", "", source)
             if not nbgrader:  # which gets a copy of the pictures
                 source = re.sub(r'(\]\(|src=")images/', r"\1../nbs/images/", source)
