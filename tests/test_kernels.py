@@ -12,6 +12,7 @@ import time
 import tracemalloc
 from collections import Counter
 from functools import cache
+from types import SimpleNamespace
 
 import numba
 import numpy as np
@@ -285,21 +286,14 @@ def test_memory_does_not_grow_with_the_stream():
         tracemalloc.start()
         for _ in encoder.encode_chunks(itertools.repeat(story, times), num_workers=2, block_size=1 << 18):
             pass
-        count_pretokens(Repeated(story, times), [END], num_workers=2, block_size=1 << 18)
+        stories = itertools.repeat(story, times)
+        count_pretokens(SimpleNamespace(read=lambda size: next(stories, b"")), [END], num_workers=2, block_size=1 << 18)
         size = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return size
 
     peak(2)
     assert peak(100) < 1.5 * peak(25)
-
-
-class Repeated(io.RawIOBase):
-    def __init__(self, data: bytes, times: int):
-        self.chunks = itertools.repeat(data, times)
-
-    def read(self, size: int = -1) -> bytes:
-        return next(self.chunks, b"")
 
 
 def test_nothing_to_do():
