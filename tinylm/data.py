@@ -255,7 +255,7 @@ def cut_stories(
 ) -> list[np.ndarray]:  # rows `end, story..., end` of at most max_length + 1 ids, int64
     """Cut tokens into whole stories; those that are longer are left out."""
     ends = np.flatnonzero(tokens == end_id)
-    rows = np.split(tokens, ends + 1)[:-1]  # what follows the last end is no whole story
+    rows = np.split(tokens, ends + 1)[:-1]  # the last one has no end
     return [np.concatenate([[end_id], row]).astype(np.int64)
             for row in rows if len(row) <= max_length]
 

@@ -46,7 +46,7 @@ class _Step(NamedTuple):
 
 def _steps(option: str, rules: dict) -> tuple[_Step, ...]:
     """Cut an option at its marks."""
-    option = re.sub(r"\{([Hh])(e|im|is)\}", r"{\1ero.h\2}", option)  # {he}, {His}, ...
+    option = re.sub(r"\{([Hh])(e|im|is)\}", r"{\1ero.h\2}", option)  # {he}, {His}
     steps, at = [], 0
     # <name:rule>, <rule> or {name}
     for mark in re.finditer(r"<(?:(\w+):)?(\w+)>|\{([\w.]+)\}", option):

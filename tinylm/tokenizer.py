@@ -222,6 +222,7 @@ def _from_names(names: dict[str, int], rows: Iterable, special: Iterable[str]) -
              for name, i in names.items()}
     return vocab, [(_from_chars(a), _from_chars(b)) for a, b in rows]
 
+# %% ../nbs/00_tokenizer.ipynb #5fa3cd6b
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                "use_regex": True}
 _ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
@@ -237,7 +238,6 @@ def _as_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "decoder": _BYTE_LEVEL,
             "model": {"type": "BPE", "vocab": rest | special, "merges": merges}}
 
-# %% ../nbs/00_tokenizer.ipynb #5fa3cd6b
 def _read_tokenizer_json(path: Path) -> tuple:
     """Read vocabulary, merges and special tokens from Hugging Face's format.
 
