@@ -37,7 +37,7 @@ def read_documents(
     rest = ""  # the beginning of a document that goes on in the next piece of the file
     with io.TextIOWrapper(open_text(path), "utf-8", errors, newline="") as file:
         pieces = iter(lambda: file.read(1 << 24), "")
-        for piece in chain(pieces, [END_OF_TEXT]):  # the end of the file ends a document
+        for piece in chain(pieces, [END_OF_TEXT]):  # the file's end ends a document
             *ended, rest = (rest + piece).split(END_OF_TEXT)
             yield from filter(None, map(str.strip, ended))
 
@@ -202,7 +202,7 @@ def prepare(
         return None
 
     def make() -> None:
-        say(f"training a tokenizer with {config.vocab_size:,} tokens on {texts['train']}")
+        say(f"training a tokenizer of {config.vocab_size:,} tokens on {texts['train']}")
         learned = train_bpe(texts["train"], config.vocab_size, [END_OF_TEXT])
         with atomic_write(folder / "made_from.json", "w") as note:
             json.dump(sha256, note)

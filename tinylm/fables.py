@@ -29,7 +29,7 @@ def _read_rules(text: str) -> dict[str, list[tuple[int, str, dict]]]:
             items, rules[name] = inline.split(","), []
         for item in filter(None, map(str.strip, items)):
             option, *own = item.split(" | ")
-            notes = dict(pair.split("=") for pair in [*shared.split(", "), *own] if pair)
+            notes = dict(x.split("=") for x in [*shared.split(", "), *own] if x)
             [(weight, words)] = re.findall(r"(?:(\d+) )?(.+)", option)
             rules[name].append((int(weight or 1), words, notes))
     return rules
