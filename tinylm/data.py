@@ -36,8 +36,8 @@ def read_documents(
     """Stream the documents of a corpus, without empty ones."""
     rest = ""  # the beginning of a document that goes on in the next piece of the file
     with io.TextIOWrapper(open_text(path), "utf-8", errors, newline="") as file:
-        pieces = iter(lambda: file.read(1 << 24), "")
-        for piece in chain(pieces, [END_OF_TEXT]):  # the file's end ends a document
+        # the end of the file ends a document
+        for piece in chain(iter(lambda: file.read(1 << 24), ""), [END_OF_TEXT]):
             *ended, rest = (rest + piece).split(END_OF_TEXT)
             yield from filter(None, map(str.strip, ended))
 
@@ -72,11 +72,10 @@ def _write_texts(home: Path, facts: dict, tell: Callable) -> dict[str, Path]:
     Both are reused when they are whole and were made from the same facts."""
     note, paths = home / "made_from.json", {s: home / f"{s}.txt" for s in _STORIES}
 
-    def find() -> dict[str, Path] | None:
+    def find() -> Any:
         with suppress(InputError, OSError):  # not made yet, or damaged
             sizes = {split: path.stat().st_size for split, path in paths.items()}
             return paths if read_json(note) == {**facts, "bytes": sizes} else None
-        return None
 
     def make() -> None:
         with (atomic_write(note, "w") as about,  # the last to get its name
@@ -191,7 +190,7 @@ def prepare(
         place = Path(config.data_dir) / "-".join([corpus_name(config.corpus), *marks])
     folder = place / f"vocab-{config.vocab_size}"
 
-    def find() -> tuple | None:
+    def find() -> Any:
         with suppress(InputError):  # not there yet, or damaged
             tokenizer = Tokenizer.load(folder)
             files = [TokenFile.load(folder / f"{split}.bin") for split in texts]
@@ -199,7 +198,6 @@ def prepare(
                 file.check(tokenizer)
             same = [file.sha256 for file in files] == [*sha256.values()]
             return (tokenizer, *files) if same else None
-        return None
 
     def make() -> None:
         say(f"training a tokenizer of {config.vocab_size:,} tokens on {texts['train']}")

@@ -98,10 +98,9 @@ def train_bpe(
 
     Says so where the text gives fewer tokens; raises `InputError` for a file or a size
     that will not do."""
-    path, least = Path(input_path), 256 + len(special_tokens)
-    if vocab_size < least:
-        raise InputError(f"vocab_size {vocab_size}: too small, give {least} or more")
-    most, special = vocab_size - least, [name.encode() for name in special_tokens]
+    path, special = Path(input_path), [name.encode() for name in special_tokens]
+    if (most := vocab_size - 256 - len(special)) < 0:
+        raise InputError(f"vocab_size {vocab_size}: give {vocab_size - most} or more")
     with open_text(path) as stream, _bar("counting", path) as bar:
         pretokens = count_pretokens(
             stream, special, num_workers=num_workers, progress=bar.update)
