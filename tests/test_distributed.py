@@ -212,22 +212,13 @@ def test_what_befalls_one_stops_all(two, name, end):
     assert saved is None or checkpoints(two[0] / name)[-1].name == f"step-{saved:08d}"
 
 
-def test_rank_0_alone_writes_and_speaks(two):
+def test_rank_0_alone_writes_and_speaks_and_each_takes_its_share(two):
     first, second = (report["written"] for report in two[1])
     assert {str(two[0] / name) for name in ("ddp", "ddp/metrics.jsonl", "fsdp/.lock")} <= set(first)
     assert second == []
     assert two[2].count("--- after step 24:") == 2  # of the runs ddp and half
     assert two[2].count("seconds a step") == 1  # of the forecast
-
-
-def test_each_takes_its_share_of_the_batch(two):
     assert [report["rows"] for report in two[1]] == [[2], [2]]
-
-
-def test_a_job_that_starts_again_needs_a_name(short, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
-    with pytest.raises(InputError, match="--max-restarts needs --run_dir"):
-        train(replace(short, run_dir=None))
 
 
 def test_a_stray_rank_silences_nobody(monkeypatch, capsys):

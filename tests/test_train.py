@@ -12,8 +12,7 @@ from tiny import checkpoints, metrics, one_thread, result, tell  # noqa: F401
 
 import tinylm.train
 from tinylm.core import InputError
-from tinylm.model import TransformerLM
-from tinylm.train import TrainConfig, evaluate, forecast, prepare, read_config, train
+from tinylm.train import TrainConfig, forecast, read_config, train
 
 # --- the one rule: train makes the folder whole
 
@@ -100,13 +99,6 @@ def test_a_run_hangs_on_its_seed_and_on_no_global_random_number(config, tmp_path
     assert result(train(replace(config, run_dir=str(tmp_path / "other"), seed=4)))[4] != result(quiet)[4]
 
 
-def test_evaluation_is_deterministic_and_knows_no_seed(base):
-    model, tokens = TransformerLM(base), prepare(base)[2].tokens()
-    assert evaluate(model, tokens, base) == evaluate(model, tokens, replace(base, seed=9))
-    with pytest.raises(InputError, match="too few"):
-        evaluate(model, tokens[:20], base)
-
-
 # --- options
 
 
@@ -138,23 +130,16 @@ def test_tensorboard_shows_what_the_log_holds(config):
         assert {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(expected, rel=1e-6)
 
 
-def test_wandb_gets_the_log(config, monkeypatch):
+def test_wandb_takes_the_log(config, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    rows, init = [], wandb.init
-
-    def note(**about):
-        run = init(**about)
-        run.log = lambda row, step: rows.append(row)
-        return run
-
-    monkeypatch.setattr(wandb, "init", note)
-    assert metrics(train(replace(config, tracker="wandb", max_steps=8))) == rows
+    train(replace(config, tracker="wandb", max_steps=8))
+    assert wandb.run.disabled and wandb.run.config["d_model"] == 16
 
 
 @pytest.mark.parametrize("change, match", [
     ({"device": "vulkan"}, "device 'vulkan' cannot be used here"), ({"corpus": "nowhere.txt"}, "nowhere.txt"),
-    ({"batch_size": 2**36}, "GB of memory, there are"), ({"grad_accum_steps": 3}, "batch_size 4 must be a multiple"),
+    ({"batch_size": 2**36}, "GB of memory of"), ({"grad_accum_steps": 3}, "batch_size 4 must be a multiple"),
 ])
 def test_what_this_machine_cannot_do_stops_before_the_run_folder_is_made(config, change, match):
     with pytest.raises(InputError, match=match):

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
 import subprocess
 import time
@@ -227,8 +226,6 @@ def _check_machine(config: TrainConfig) -> tuple[str, dict[str, int]]:
     if config.batch_size % pieces:
         what = f"batch_size {config.batch_size} must be a multiple of {pieces}"
         raise InputError(f"{what}: processes x grad_accum_steps")
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not config.run_dir:
-        raise InputError("torchrun --max-restarts needs --run_dir")
     memory = memory_table(config, config.batch_size // pieces, config.dtype)
     for name in ("weights", "gradients", "optimizer"):
         memory[name] //= processes if config.fsdp else 1
@@ -236,9 +233,8 @@ def _check_machine(config: TrainConfig) -> tuple[str, dict[str, int]]:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         there //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if (needed := sum(memory.values())) > there:
-            what = f"a step needs {needed / 1e9:.1f} GB of memory, there are"
-            advice = "raise --grad_accum_steps, or take a smaller batch"
-            raise InputError(f"{what} {there / 1e9:.1f}; {advice}")
+            what = f"a step needs {needed / 1e9:.1f} GB of memory of {there / 1e9:.1f}"
+            raise InputError(f"{what}; take a smaller batch or more --grad_accum_steps")
     return device, memory
 
 # %% ../nbs/05_train.ipynb #d837df92
@@ -264,13 +260,12 @@ def _checkpoints(run_dir: str | Path) -> list[Path]:
 
 def _machine(device: str) -> dict[str, Any]:
     """Describe the commit in use, the machine and the versions, for records."""
-    here, info = Path(tinylm.__file__).parent, Path("/proc/cpuinfo")
-    failed, commit = subprocess.getstatusoutput(f'git -C "{here}" rev-parse HEAD')
-    text = info.read_text(encoding="utf-8") if info.exists() else ""
-    cpu = re.findall(r"model name\s*: (.*)", text) or [platform.machine()]
+    git = f'git -C "{Path(tinylm.__file__).parent}" rev-parse HEAD'
+    failed, commit = subprocess.getstatusoutput(git)
+    kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {"commit": None if failed else commit, "environment": {
         "device": torch.cuda.get_device_name() if "cuda" in device else device,
-        "cpu": cpu[0], "cores": os.cpu_count(), "processes": world_size(),
+        "cpu": kind, "cores": os.cpu_count(), "processes": world_size(),
         "threads": torch.get_num_threads(), "platform": platform.platform(),
         "python": platform.python_version(), "torch": torch.__version__,
         "numpy": np.__version__, "tinylm": tinylm.__version__}}
@@ -291,13 +286,11 @@ def _open_folder(config: TrainConfig, held: ExitStack) -> tuple[Any, ...]:
         run_dir = Path("runs", f"{now}-{name}-{config.preset}")
         if taken := len([*run_dir.parent.glob(f"{run_dir.name}*")]):
             run_dir = Path(f"{run_dir}-{taken + 1}")  # others began in this second
+    run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         held.enter_context(FileLock(run_dir / ".lock", timeout=0))
     except Timeout as error:
         raise InputError(f"{run_dir}: in use by another process") from error
-    except OSError as error:
-        raise cannot_write(run_dir, error) from error
 
     path = run_dir / "config.json"
     about = {**asdict(config), "data": {
@@ -312,15 +305,15 @@ def _open_folder(config: TrainConfig, held: ExitStack) -> tuple[Any, ...]:
             floor = fables_floor(valid_file.tokens(), tokenizer, length)
         tokenizer.save(run_dir / "tokenizer")
         begun = {"run_dir": str(run_dir), "data": {**about["data"], "floor": floor}}
+        machine = _machine(_pick_device(config.device))
         with atomic_write(path, "w") as file:
-            json.dump({**about, **begun, **_machine(config.device)}, file, indent=1)
+            json.dump({**about, **begun, **machine}, file, indent=1)
     saved = read_json(path)
     before = {**asdict(TrainConfig()), **saved, **saved.get("data", {})}
     for name, x in {**about, **about["data"]}.items():
         if name not in {*FREE, "data"} and before[name] != x:
-            raise InputError(
-                f"{run_dir}: made with {name} {before[name]}, not {x}; go on with what "
-                "it was made with, or choose another --run_dir")
+            what = f"made with {name} {before[name]}, not {x}"
+            raise InputError(f"{run_dir}: {what}; choose another --run_dir")
     for folder in run_dir.glob("checkpoints/.*.tmp"):
         shutil.rmtree(folder, ignore_errors=True)  # by one that was killed
     return run_dir, train_file, valid_file, saved["data"]["floor"]
@@ -443,15 +436,14 @@ class Stopped(KeyboardInterrupt):
 def _log_eval(log: _Log, model: Any, tokenizer: Tokenizer, valid: np.ndarray,
               step: int, floor: float | None, on_eval: Any) -> None:
     """Log the validation loss, at the end that of whole stories too; keep a story."""
-    config, stories = log.config, {}
-    val_loss = evaluate(model, valid, config)
-    if not math.isfinite(val_loss):
-        raise Diverged(step, val_loss, math.nan)
+    config, found = log.config, {"val_loss": evaluate(model, valid, log.config)}
+    if not math.isfinite(found["val_loss"]):
+        raise Diverged(step, found["val_loss"], math.nan)
     if floor is not None and step == config.last_step:
         end = tokenizer.special_tokens[END_OF_TEXT]
-        story_loss, _, count = evaluate_stories(model, valid, end)
-        stories = {"story_loss": story_loss, "floor": floor, "stories": count}
-    log.line(step, val_loss=val_loss, **stories)
+        loss, _, count = evaluate_stories(model, valid, end)
+        found |= {"story_loss": loss, "floor": floor, "stories": count}
+    log.line(step, **found)
     if on_eval is None:
         return
     if config.fsdp:  # put together what the processes hold
@@ -546,7 +538,7 @@ def train(
 SHIPPED = Path(tinylm.__file__).with_name("tinylm.safetensors")
 
 
-def save_int8(run_dir: str | Path, path: str | Path) -> Path:
+def save_int8(run_dir: str | Path, path: str | Path) -> None:
     """Write a run as one small file: a byte a weight, all else in its header.
 
     Row by row, w = scale * q with q in -127 .. 127 and scale = max |w| / 127.
@@ -564,7 +556,6 @@ def save_int8(run_dir: str | Path, path: str | Path) -> Path:
              "merges": [(ids[a], ids[b]) for a, b in tokenizer.merges]}
     with atomic_write(path) as file:
         file.write(save(tensors, {key: json.dumps(x) for key, x in about.items()}))
-    return Path(path)
 
 
 def _load_int8(path: Path) -> tuple[TransformerLM, Tokenizer, TrainConfig]:
