@@ -538,7 +538,7 @@ def train(
 SHIPPED = Path(tinylm.__file__).with_name("tinylm.safetensors")
 
 
-def save_int8(run_dir: str | Path, path: str | Path) -> None:
+def save_int8(run_dir: str | Path, path: str | Path) -> Path:
     """Write a run as one small file: a byte a weight, all else in its header.
 
     Row by row, w = scale * q with q in -127 .. 127 and scale = max |w| / 127.
@@ -556,6 +556,7 @@ def save_int8(run_dir: str | Path, path: str | Path) -> None:
              "merges": [(ids[a], ids[b]) for a, b in tokenizer.merges]}
     with atomic_write(path) as file:
         file.write(save(tensors, {key: json.dumps(x) for key, x in about.items()}))
+    return Path(path)
 
 
 def _load_int8(path: Path) -> tuple[TransformerLM, Tokenizer, TrainConfig]:
