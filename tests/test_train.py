@@ -137,6 +137,13 @@ def test_wandb_takes_the_log(config, monkeypatch):
     assert wandb.run.disabled and wandb.run.config["d_model"] == 16
 
 
+def test_restarts_need_a_run_folder(config, monkeypatch):
+    "Else each start would be a run of its own, and the work before it lost."
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    with pytest.raises(InputError, match="run_dir"):
+        train(replace(config, run_dir=None))
+
+
 @pytest.mark.parametrize("change, match", [
     ({"device": "vulkan"}, "device 'vulkan' cannot be used here"), ({"corpus": "nowhere.txt"}, "nowhere.txt"),
     ({"batch_size": 2**36}, "GB of memory of"), ({"grad_accum_steps": 3}, "batch_size 4 must be a multiple"),

@@ -222,6 +222,9 @@ def _check_machine(config: TrainConfig) -> tuple[str, dict[str, int]]:
     Raises InputError if the machine cannot do what the config wants.
     """
     device, processes = _pick_device(config.device), world_size()
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and not config.run_dir:  # each start would be a new run
+        raise InputError("torchrun --max-restarts needs --run_dir")
     pieces = processes * config.grad_accum_steps
     if config.batch_size % pieces:
         what = f"batch_size {config.batch_size} must be a multiple of {pieces}"
