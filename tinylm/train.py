@@ -50,7 +50,7 @@ def evaluate(
     """Measure the loss on windows spread evenly over the tokens.
 
     They begin where those of training may, and are the same for every run on the same
-    data with the same `windows`. Raises InputError when there are too few tokens for one.
+    data with the same `windows`. Raises InputError when there are too few tokens.
     """
     device, length = next(model.parameters()).device, config.context_length
     places = window_starts(tokens, config)
