@@ -24,8 +24,8 @@ const CSS = `
 .surprise .heads button { padding: 2px 0; }
 .surprise .begin { flex: 1 1 260px; min-width: 0; }`;
 
-const READERS = [["oracle", "the grammar, which cannot be beaten", "--green"], ["model", "the model of this book", "--ink"],
-  ["bigram", "one who sees a single word back", "--warm"]];
+const READERS = [["grammar", "the grammar, which cannot be beaten", "--green"], ["model", "the model of this book", "--ink"],
+  ["one word back", "one who remembers a single word", "--warm"]];
 const MOST = 400, SLICE = 12; // tokens of a told story; milliseconds of work between two pictures
 const make = (tag, attributes = {}, ...children) => {
   const element = document.createElement(tag);
@@ -118,11 +118,11 @@ export default {
 
     function drawLegend() {
       const known = READERS.map((row, i) => [row, text.words.map(word => word.nats[i]).filter(n => n != null)]);
-      legend.replaceChildren(...known.filter(([, nats]) => nats.length).map(([[, label, color], nats]) => {
+      legend.replaceChildren("Surprise per word, in nats:", ...known.filter(([, nats]) => nats.length).map(([[, label, color], nats]) => {
         const mean = nats.reduce((a, b) => a + b, 0) / nats.length;
         return make("span", {}, make("i", { class: "swatch", style: `background:var(${color})` }), ` ${label}: `,
           make("b", { class: "num" }, mean.toFixed(2)));
-      }), "nats of surprise per word");
+      }));
     }
 
     async function choose(at) {
@@ -260,6 +260,6 @@ export default {
 
     drawText();
     el.className = "surprise";
-    el.append(make("style", {}, CSS), legend, story, panel, make("div", { class: "row" }, begin, tell, back, status));
+    el.append(make("style", {}, CSS), make("div", { class: "row" }, begin, tell, back, status), legend, story, panel);
   },
 };
