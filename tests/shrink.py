@@ -1,12 +1,14 @@
 """Store pictures with a palette of 64 colors, a third of the size: python tests/shrink.py nbs/00_data.ipynb
 
 A plot has few colors, so nothing visible is lost. Run it after executing a chapter that pacing.py finds too heavy, or
-after changing a script in nbs/files: it also gives the widgets that are stored in a notebook the scripts of today.
+after changing a script in nbs/files: it also gives the widgets that are stored in a notebook the scripts of today, and
+the first page (nbs/_live.md, which index.qmd includes) that of the index chapter.
 """
 import base64
 import io
 import re
 import sys
+from pathlib import Path
 
 import nbformat
 from PIL import Image
@@ -42,5 +44,7 @@ if __name__ == "__main__":
             if png := output.get("data", {}).get("image/png"):
                 output["data"]["image/png"] = shrink(png)
             if text := output.get("data", {}).get("text/html"):
-                output["data"]["text/html"] = renewed(text)
+                output["data"]["text/html"] = text = renewed(text)
+                if path.endswith("nbs/index.ipynb") and 'dataset.live = "surprise"' in text:
+                    Path(path).with_name("_live.md").write_text(f"```{{=html}}\n{text}\n```\n", encoding="utf-8")
         nbformat.write(notebook, path)

@@ -1,7 +1,9 @@
 """Pictures that a reader can touch; a plain module.
 
-To make one, write nbs/files/NAME.js, `export default { render({ model, el }) { ... } }`, which fills the element `el` from
-`model.get("key")` (what several share: `import { f } from "./model.js";`), and end a cell with `Widget("NAME", figure, "alt text", key=...)`.
+To make one, write nbs/files/NAME.js, `export default { render({ model, el }) { ... } }`, which
+fills the element `el` from `model.get("key")` (what several share: `import { f } from
+"./model.js";`), and end a cell with `Widget("NAME", figure, "alt text", key=...)`. After a change
+of a script, `python tests/shrink.py nbs/*.ipynb` renews it in the stored outputs.
 """
 import base64
 import hashlib
@@ -38,9 +40,10 @@ def _joined(folder: Path, name: str, seen: set[str]) -> str:
 class Widget:
     """A still picture, and the script that takes its place where scripts run.
 
-    The script is that of nbs/files/NAME.js, in anywidget's form, and reads `data`; the picture is a matplotlib figure,
-    with `alt` for those who cannot see it, or HTML. Script, data and colors (widget.css) are written into the output:
-    nothing is fetched. Where the script fails or is not there (a wheel has none), the picture stays."""
+    The script is that of nbs/files/NAME.js, in anywidget's form, and reads `data`; the picture is a
+    matplotlib figure, with `alt` for those who cannot see it, or HTML. Script, data and colors
+    (widget.css) are written into the output: nothing is fetched. Where the script fails or is not
+    there (a wheel has none), the picture stays."""
 
     def __init__(self, name: str, still: Any, alt: str = "", **data: Any):
         self.name, self.still, self.data = name, still, data
