@@ -136,7 +136,8 @@ def test_stored_widgets_have_the_scripts_of_today_and_a_picture():
 def test_the_picture_stays_where_a_script_fails_or_is_missing(browser, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("files").mkdir()
-    Path("files/widget.css").touch()
+    for name in ("widget.css", "widget.html"):
+        shutil.copy(ROOT / "nbs/files" / name, "files")
     Path("files/part.js").write_text("export const more = 1;\n", encoding="utf-8")
     Path("files/good.js").write_text('import { more } from "./part.js";\nexport default { render({ model, el }) '
                                      '{ el.textContent = model.get("x") + more; } };\n', encoding="utf-8")
