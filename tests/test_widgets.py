@@ -121,10 +121,10 @@ def stored() -> list[tuple[str, str]]:
 def test_stored_widgets_have_the_scripts_of_today_and_a_picture():
     assert {"index", "07_generate"} <= {chapter for chapter, _ in stored()}
     [meter] = [html for chapter, html in stored() if chapter == "index"]
-    assert meter in (ROOT / "nbs/_live.md").read_text(encoding="utf-8"), "python tests/shrink.py nbs/index.ipynb"
+    assert meter in (ROOT / "nbs/_live.md").read_text(encoding="utf-8"), "python tests/shrink.py --scripts nbs/*.ipynb"
     size: dict[str, int] = {}
     for chapter, html in stored():
-        assert renewed(html) == html, f"{chapter}: python tests/shrink.py nbs/{chapter}.ipynb"
+        assert renewed(html) == html, f"{chapter}: python tests/shrink.py --scripts nbs/*.ipynb"
         picture, _, rest = html.partition("</div>\n<style>")
         assert re.search(r'<img alt="[^"]+" src="data:image/png|<svg|<table|<pre|<p', picture), chapter
         [script] = SCRIPTS.findall(rest)
