@@ -1,8 +1,8 @@
 """Store pictures with a palette of 64 colors, a third of the size: python tests/shrink.py nbs/00_data.ipynb
 
-A plot has few colors, so nothing visible is lost. Run it after executing a chapter that pacing.py finds too heavy; and
-with --scripts, which leaves pictures alone, after changing a script in nbs/files: it gives the widgets that are stored in
-a notebook the scripts of today, and the first page (nbs/_live.md, which index.qmd includes) that of the index chapter.
+A plot has few colors, so nothing visible is lost. Run it after executing a chapter that pacing.py finds too heavy.
+With --scripts it leaves pictures alone. Run that after changing a script in nbs/files: it gives the widgets that are
+stored in a notebook the scripts of today, and the first page (nbs/_live.md, in index.qmd) that of the index chapter.
 """
 import base64
 import io
