@@ -128,4 +128,4 @@ function render({ model, el }) {
   read();
 }
 
-export default { render, merges };
+export default { render, merges, pretokens };
