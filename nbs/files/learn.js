@@ -330,6 +330,7 @@ function render({ model, el }) {
     URL.revokeObjectURL(url);
     const mine = worker, began = performance.now();
     runs.push(run);
+    said.textContent = "It begins.";
     told.replaceChildren();
     button.textContent = "■ stop";
     worker.onmessage = ({ data }) => {
