@@ -1,13 +1,19 @@
 """Store pictures with a palette of 64 colors, a third of the size: python tests/shrink.py nbs/00_data.ipynb
 
-A plot has few colors, so nothing visible is lost. Run it after executing a chapter that pacing.py finds too heavy.
+A plot has few colors, so nothing visible is lost. Run it after executing a chapter that pacing.py finds too heavy, or
+after changing a script in nbs/files: it also gives the widgets that are stored in a notebook the scripts of today, and
+the first page (nbs/_live.md, which index.qmd includes) that of the index chapter.
 """
 import base64
 import io
+import re
 import sys
+from pathlib import Path
 
 import nbformat
 from PIL import Image
+
+from tinylm.widgets import Widget
 
 
 def shrink(png: str) -> str:
@@ -21,10 +27,24 @@ def shrink(png: str) -> str:
     return base64.b64encode(out.getvalue()).decode() + "\n"
 
 
+def renewed(html: str) -> str:
+    "The HTML of a widget, with the style and the script of today; other HTML as it is."
+    found = re.search(r"(?s)<style>.*\nfor \(const box .*dataset.live = \"(\w+)\"", html)
+    if not found:
+        return html
+    fresh = Widget(found[1], "")._repr_html_()
+    start, end = "<style>", "\nfor (const box "
+    return html.partition(start)[0] + fresh[fresh.index(start):fresh.index(end)] + html[html.index(end):]
+
+
 if __name__ == "__main__":
     for path in sys.argv[1:]:
         notebook = nbformat.read(path, 4)
         for output in (o for cell in notebook.cells for o in cell.get("outputs", ())):
             if png := output.get("data", {}).get("image/png"):
                 output["data"]["image/png"] = shrink(png)
+            if text := output.get("data", {}).get("text/html"):
+                output["data"]["text/html"] = text = renewed(text)
+                if path.endswith("nbs/index.ipynb") and 'dataset.live = "surprise"' in text:
+                    Path(path).with_name("_live.md").write_text(f"```{{=html}}\n{text}\n```\n", encoding="utf-8")
         nbformat.write(notebook, path)

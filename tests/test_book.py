@@ -12,11 +12,11 @@ import pacing
 import pytest
 from conftest import CHAPTERS, ROOT, nbval, runnable_copy, tool
 
-PLAIN = {"core", "cli", "check", "course", "kernels", "widgets"}  # modules that no notebook exports; each says so in its 1st line
+PLAIN = {"core", "cli", "check", "course", "kernels", "widgets"}  # no notebook exports them; each says so in line 1
 CONTENT = {"exercises", "__init__", "_modidx"}
 LAYERS = [["core", "layers", "rope", "kernels"], ["fables", "tokenizer", "model", "optim", "recipe"],
           ["data", "distributed", "checkpoint"], ["train"], ["generate", "ablations", "export"],
-          ["exercises", "check", "course", "widgets"], ["cli"]]  # imports point to earlier ones, inside a group only leftwards
+          ["exercises", "check", "course", "widgets"], ["cli"]]  # imports point leftwards
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tinylm").glob("*.py")}
 
 

@@ -255,4 +255,5 @@ d = { 'settings': { 'branch': 'main',
                               'tinylm.train.record_run': ('train.html#record_run', 'tinylm/train.py'),
                               'tinylm.train.save_int8': ('train.html#save_int8', 'tinylm/train.py'),
                               'tinylm.train.train': ('train.html#train', 'tinylm/train.py'),
-                              'tinylm.train.train_step': ('train.html#train_step', 'tinylm/train.py')}}}
+                              'tinylm.train.train_step': ('train.html#train_step', 'tinylm/train.py')},
+            'tinylm.widgets': {}}}

@@ -2,10 +2,10 @@
 import { draw, reshape } from "./model.js";
 
 const CSS = `
-.sampling .knobs { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 4px 20px; }
+.sampling .knobs { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 4px 20px; margin: 6px 0; }
 .sampling .knobs label { display: grid; grid-template-columns: 1fr auto; gap: 0 8px; }
 .sampling .knobs input { grid-column: 1 / 3; width: 100%; margin: 0; }
-.sampling .option { display: grid; grid-template-columns: 5.5em 1fr 7.5em; gap: 8px; align-items: center; line-height: 1.4; }
+.sampling .option { display: grid; grid-template-columns: 6.5em 1fr 3.5em; gap: 8px; align-items: center; line-height: 1.4; }
 .sampling .bar { position: relative; height: 12px; border: 1px solid transparent; }
 .sampling .bar i { position: absolute; inset: 0 auto 0 0; border-radius: 2px; }
 .sampling .bar .said { border: 1px solid var(--grey); }

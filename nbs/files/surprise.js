@@ -2,7 +2,7 @@
 import { draw, loadModel, newDecoder, Reader, reshape, softmax } from "./model.js";
 
 const CSS = `
-.surprise .story { font-family: Charter, "Bitstream Charter", Cambria, Georgia, serif; font-size: 16px; }
+.surprise .fable { font-family: Charter, "Bitstream Charter", Cambria, Georgia, serif; font-size: 16px; }
 .surprise p { margin: 0 0 10px; line-height: 1.3; }
 .tinylm .w { display: inline-flex; flex-direction: column; background: none !important; border: 0 !important; border-radius: 4px;
   padding: 2px !important; vertical-align: bottom; color: inherit; }
@@ -77,7 +77,7 @@ export default {
   render({ model: given, el }) {
     const fable = new Text(given.get("words"));
     let text = fable, current = 0, chosen = null, head = null, telling = null, asked = 0;
-    const legend = make("div", { class: "row note" }), story = make("div", { class: "story", role: "group" });
+    const legend = make("div", { class: "row note" }), story = make("div", { class: "fable", role: "group" });
     const panel = make("div", { class: "panel", role: "region", "aria-live": "polite", "aria-label": "The chosen word" });
     const begin = make("input", { class: "begin", "aria-label": "A beginning", value: given.get("begin"), maxlength: 300 });
     const tell = make("button", { class: "main" }, "Tell"), back = make("button", {}, "Back to the fable");
@@ -201,6 +201,7 @@ export default {
           make("div", {}, make("div", { class: "note" }, "Where each head looked for it (violet in the story)"), heads, where)));
       tint();
       drawWords(chosen + 1);
+      panel.scrollIntoView({ block: "nearest" });
     }
 
     story.onkeydown = event => {
