@@ -375,14 +375,14 @@ function render({ model, el }) {
       parts.push(s("polyline", { points: run.losses.map((loss, j) => `${x(j + 1).toFixed(1)},${y(loss).toFixed(1)}`).join(" "), fill: "none", stroke: color, "stroke-width": now ? 2 : 1.2 }));
       for (const [step, loss] of now ? run.valid : []) parts.push(s("circle", { cx: x(step), cy: y(loss), r: 4, fill: "var(--ink)" }));
       const at = run.died || run.losses.length, last = run.losses.at(-1);
-      if (last) parts.push(s("text", { x: Math.min(x(at), width - 70) + 6, y: y(last) + (now ? 16 : -6), style: `fill: ${color}; font-size: 12px` }, (run.died ? "× " : "") + (runs.length > 1 ? run.name : "")));
+      if (last && (now || at > 4)) parts.push(s("text", { x: Math.min(x(at), width - 70) + 6, y: y(last) + (now ? 16 : -6), style: `fill: ${color}; font-size: 12px` }, (run.died ? "× " : "") + (runs.length > 1 ? run.name : "")));
     });
     picture.setAttribute("viewBox", `0 0 ${width} ${tall}`);
     picture.setAttribute("aria-label", "loss against step, and the floor");
     picture.replaceChildren(...parts);
   }
 
-  box.append(h("p", {}, h("b", {}, "Try it. "), "Press ", h("i", {}, "learn"), ": this page trains a Transformer, in about half a minute. Then break it. Which of the three switches will do the most harm? Say it first."),
+  box.append(h("p", {}, h("b", {}, "Try it. "), "Press ", h("i", {}, "learn"), ": this page trains a Transformer, in less than a minute on most computers. Then break it. Which of the three switches will do the most harm? Say it first."),
     h("div", { class: "row" }, button, boxes.map((input, i) => h("label", {}, input, Object.keys(SWITCHES)[i]))), said, picture, told,
     h("p", { class: "note" }, model.get("note")));
   el.append(h("style", {}, STYLE), box);

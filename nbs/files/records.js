@@ -89,7 +89,7 @@ function render({ model, el }) {
     const { steps, floor } = texts[text], log = Math.log, from = log(.9 * (floor || low)), to = log(8);
     const ly = loss => bottom - (log(Math.min(Math.max(loss, .1), 8)) - from) / (to - from) * (bottom - top);
     const lx = step => 34 + (wide - 40) * step / steps.at(-1);
-    const right = frame(wide, tall, `training loss at rate ${lr}`, [Math.exp(from), 8], [.25, .5, 1, 2, 4, 8], ly, [0, steps.at(-1) / 2, steps.at(-1)], lx);
+    const right = frame(wide, tall, `training loss at rate ${lr}`, [Math.exp(from), 8], [.25, .5, 1, 2, 3, 4, 6, 8], ly, [0, steps.at(-1) / 2, steps.at(-1)], lx);
     if (floor) right.push(s("line", { x1: 34, x2: wide, y1: ly(floor), y2: ly(floor), stroke: "var(--text)", "stroke-dasharray": "2 3" }), s("text", { x: wide, y: ly(floor) - 5, "text-anchor": "end" }, `floor ${floor.toFixed(3)}`));
     for (const name of names) for (const run of group(name, lr)) {
       const points = run.curve.map((loss, i) => [lx(steps[i]), ly(loss)]);
@@ -99,11 +99,11 @@ function render({ model, el }) {
     charts.replaceChildren(...[left, right].map((parts, i) => s("svg", { viewBox: `0 0 ${wide} ${tall}`, role: "img", "aria-label": ["final loss against the rate", "learning curves"][i] }, ...parts)));
 
     const bySeed = name => Object.fromEntries(group(name, lr).map(run => [run.seed, run.loss])), base = bySeed("baseline");
-    table.replaceChildren(h("tr", {}, ["at rate " + lr, "runs", "lost", "loss", "minus baseline"].map(name => h("th", {}, name))),
+    table.replaceChildren(h("tr", {}, ["at rate " + lr, "runs", "loss", "minus baseline"].map(name => h("th", {}, name))),
       ...names.filter(name => group(name, lr).length).map(name => {
         const ours = bySeed(name), values = Object.values(ours), lost = values.filter(v => !Number.isFinite(v)).length, { n, mean, half } = difference(ours, base);
         const gap = name === "baseline" || mean === null ? "" : (mean < 0 ? "−" : "+") + Math.abs(mean).toFixed(4) + (half === null ? " (one seed)" : ` ± ${half.toFixed(4)}`);
-        return h("tr", { "data-row": name }, h("td", {}, name), h("td", {}, values.length), h("td", {}, lost),
+        return h("tr", { "data-row": name }, h("td", {}, name), h("td", {}, values.length + (lost ? `, ${lost} lost` : "")),
           h("td", {}, lost ? "" : (values.reduce((sum, v) => sum + v, 0) / values.length).toFixed(4)), h("td", {}, n ? gap : ""));
       }));
   }
