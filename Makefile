@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test book export lab docs bench ablations references model clean
+.PHONY: help demo test book export lab docs bench ablations references model student slides clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## / \t/'
@@ -73,5 +73,11 @@ model: .venv/run  ## train anew the small model that comes with the package (abo
 	$(BIN)/tinylm train --preset fast --no_qk_norm --cosine_cycle_iters 4000 --run_dir runs/model
 	$(BIN)/python -c "from tinylm.train import SHIPPED, save_int8 as s; s('runs/model', SHIPPED)"
 
+student: .venv/made  ## write the chapters without their answers into student/ (NBGRADER=1: for nbgrader, into source/)
+	$(BIN)/python nbs/_student.py $(if $(NBGRADER),--nbgrader)
+
+slides: .venv/made  ## write slides.html, the pictures of the chapters as a deck (needs Quarto)
+	$(BIN)/python nbs/_slides.py
+
 clean:  ## remove everything that was built, .venv included
-	rm -rf .venv _docs _proc .quarto build dist *.egg-info runs
+	rm -rf .venv _docs _proc .quarto build dist *.egg-info runs student source slides.html

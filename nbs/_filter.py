@@ -126,6 +126,8 @@ def facts(cells: list, path: Path) -> str:
     shown = [cell.source for cell in cells if cell.cell_type == "code" and not is_setup(cell.source) and not re.search(
         r"^#\| *(export|hide|solution|code-fold: *true)", cell.source, re.MULTILINE)]
     exercises = len(re.findall(r"^(?:#{2,4} |\*\*)Exercise \S*\d", prose, re.MULTILINE))
+    at_the_end = prose.partition("\n## Exercises\n")[2]
+    exercises += len(re.findall(r"^(?:\*\*\d\. |\d\. \*\*)", at_the_end, re.MULTILINE))
     minutes = len(prose.split()) / 200 + sum(source.count("\n") + 1 for source in shown) / 20 + 4 * exercises
     said = [f"About {max(5, 5 * round(minutes / 5))} minutes"]
     needs = [f"[{names[name]}]({name}.ipynb)" for name in NEEDS.get(path.stem, []) if name in names]
