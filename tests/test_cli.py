@@ -93,14 +93,14 @@ def test_a_slip_gets_one_line_and_leaves_nothing(argv, words, tmp_path, monkeypa
     assert list(tmp_path.rglob("*")) == []
 
 
-def test_ctrl_c_and_too_little_memory_get_a_line_and_a_bug_keeps_its_traceback(monkeypatch, capfd):
+def test_a_signal_and_too_little_memory_get_a_line_and_a_bug_keeps_its_traceback(monkeypatch, capfd):
     import torch
 
     def stop():
-        raise KeyboardInterrupt
+        raise tinylm.train.Stopped(15, Path("RUN"))
 
     monkeypatch.setitem(cli.VERBS, "data", stop)
-    assert "interrupted" in complaint(capfd, "data", code=130)
+    assert "go on with --resume RUN" in complaint(capfd, "data", code=143)
     monkeypatch.setitem(cli.VERBS, "data", lambda: torch.empty(1 << 50))
     assert "out of memory; try a smaller --batch_size" in complaint(capfd, "data")
     monkeypatch.setitem(cli.VERBS, "data", lambda: torch.zeros(2) @ torch.zeros(3))

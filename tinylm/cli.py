@@ -47,9 +47,8 @@ def _read(verb: str, function: Callable, argv: list[str], some: bool = False) ->
     prog, words = f"tinylm {verb}", io.StringIO()
     try:
         with contextlib.redirect_stderr(words), contextlib.redirect_stdout(words):
-            got: Any = tyro.cli(flags, args=argv, prog=prog, use_underscores=True, add_help=not some,
-                                return_unknown_args=some,  # type: ignore[call-overload]
-                                config=[tyro.conf.PositionalMetavarFromFieldName])
+            got: Any = tyro.cli(flags, args=argv, prog=prog, return_unknown_args=some,  # type: ignore[call-overload]
+                                add_help=not some, use_underscores=True, config=[tyro.conf.PositionalMetavarFromFieldName])
     except SystemExit as end:
         if not end.code:
             print(words.getvalue().rstrip())
@@ -202,10 +201,9 @@ def _sweep(verb: str, argv: list[str]) -> Callable:
         if jobs is not None and jobs < 1 or config.seed or config.run_dir:
             raise InputError("--jobs is at least 1; instead of --seed and --run_dir a sweep has --seeds and --out")
         texts = {"lrs": lrs, "variants": variants, "search_seeds" if search else "seeds": seeds}
-        entry: dict[str, Any] = {name: list(filter(None, text.split(","))) for name, text in texts.items()}
-        changed = {name: value for name, value in vars(config).items() if value != getattr(default, name)}
-        plans = load_plans(plan, **changed) if plan else load_plans({verb: entry | {"base": vars(config)}})
-        return run_sweep(plans, out, jobs)
+        lists = {name: list(filter(None, text.split(","))) for name, text in texts.items()}
+        changed = {name: value for name, value in vars(config).items() if not plan or value != getattr(default, name)}
+        return run_sweep(load_plans(plan or {verb: lists}, **changed), out, jobs)
 
     return sweep
 
