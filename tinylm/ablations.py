@@ -150,14 +150,13 @@ def search_results(results: Iterable[Result]) -> dict[str, dict[str, Any]]:
     curves: dict[str, dict[float, float]] = {}
     for (variant, lr), losses in sorted(by_group(results).items()):
         curves.setdefault(variant, {})[lr] = float(np.mean(list(losses.values())))
-    found: dict[str, dict[str, Any]] = {}
+    found = {}
     for variant, curve in curves.items():
-        best = min(curve, key=curve.__getitem__)  # the lowest rate, if all diverged
-        lost = [lr for lr in curve if math.isinf(curve[lr])]
-        advice = {max(curve): "try higher rates", min(curve): "try lower rates"}
-        found[variant] = {"best": None if best in lost else best}
-        found[variant]["edge"] = min(lost, default=None)
-        found[variant]["advice"] = advice.get(best, "")
+        lowest = min(curve, key=curve.__getitem__)  # the lowest rate, if all diverged
+        best = lowest if math.isfinite(curve[lowest]) else None
+        edge = next((lr for lr in curve if math.isinf(curve[lr])), None)
+        ends = {max(curve): "try higher rates", min(curve): "try lower rates"}
+        found[variant] = {"best": best, "edge": edge, "advice": ends.get(lowest, "")}
     return found
 
 # %% ../nbs/06_ablations.ipynb #7e2c01aa
