@@ -89,7 +89,6 @@ def test_pytest_tells_the_same(lm, tmp_path):
 
 ODD = {  # part -> a file, and what is said of it
     "get_batch": ("def get_batch(tokens):\n    return tokens", "the book's is called as get_batch(tokens"),
-    "train_bpe": ("import os\ndef train_bpe(path, size, special):\n    os._exit(0)", "your code ended the process"),
     "Linear": ("def Linear(:", "cannot be imported: it raises SyntaxError"),
     "temper": ("x = 1", "defines no temper"),
     "softmax": ("def softmax(x, dim):\n    x -= x.max()\n    return x.softmax(dim)", "the input is changed in place"),
@@ -112,6 +111,14 @@ def test_code_that_does_not_behave_gets_a_line_and_the_rest_is_marked(lm, tmp_pa
         assert words is None or words in marks[name].text, marks[name].text
     assert marks["log_softmax"].right and marks["log_softmax"].printed[0] == "here"
     assert "is not there" in marks["Muon"].error and marks["Muon"].points == 0
+    marks["get_batch"].cases |= dict.fromkeys(marks["get_batch"].cases, "it is still a stub")
+    score = course._score(tmp_path, marks.values())
+    assert "next: p01_get_batch.py, see chapter 00_data" in score and "0 of 3    still a stub" in score
+    course._write_report(str(tmp_path / "points.xml"), {"odd": marks.values()}, seed=0)
+    [suite] = ElementTree.parse(tmp_path / "points.xml").getroot()
+    failures, of = len(suite.findall(".//failure")), sum(len(mark.cases) for mark in marks.values())
+    assert [suite.get("tests"), suite.get("failures")] == [str(of), str(failures)]
+    assert f"score: {of - failures} of {of} points" in score
 
 
 def test_a_class_is_marked_by_one_command(lm, tmp_path, monkeypatch, capsys):
@@ -129,21 +136,6 @@ def test_a_class_is_marked_by_one_command(lm, tmp_path, monkeypatch, capsys):
     assert found["seed"] == 3 and [entry["points"] for entry in found["folders"].values()] == points
     for name, words in slips.items():
         assert found["folders"]["wrong"]["parts"][name]["likely"][0] == words
-
-
-def test_a_beginner_sees_the_score_and_the_next_step(lm, tmp_path, monkeypatch, capsys):
-    few(lm, tmp_path / "my-lm", {"train_bpe": None, "softmax": "the maximum is not subtracted first, so exp overflows"})
-    shutil.copy(course.start(str(tmp_path / "new")) / course.PLACES["get_batch"], tmp_path / "my-lm")
-    monkeypatch.chdir(tmp_path / "my-lm")
-    assert cli.main(["check", "--report", "points.xml"]) == 1
-    out = capsys.readouterr().out
-    of = sum(len(part.cases) for part in PARTS.values())
-    points = int(out.split("score: ")[1].split(f" of {of} points")[0])
-    assert points > len(PARTS["train_bpe"].cases) and "likely mistake: the maximum is not subtracted" in out
-    assert "next: p01_get_batch.py, see chapter 00_data" in out and "0 of 3    still a stub" in out
-    [suite] = ElementTree.parse("points.xml").getroot()
-    failures = len(suite.findall(".//failure"))
-    assert [suite.get("tests"), suite.get("failures")] == [str(of), str(failures)] and of == points + failures
 
 
 def test_what_is_no_course_and_a_report_of_another_kind_are_told(lm, tmp_path, monkeypatch, capsys):

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def difference(expected: Any, got: Any) -> str | None:
 
     Both are tensors, numbers, texts, or lists or dicts of such things. Numbers agree when they differ by no more than
     rounding explains. Sums that cancel err in proportion to their terms, so the absolute tolerance goes with the largest
-    number of the tensor. Errors, as `attempt` notes them, agree when they are of one kind."""
+    number of the tensor. Errors, noted as results, agree when they are of one kind."""
     if got is None:
         return None if expected is None else "is None: a `return` is missing, or the body is still to be filled in"
     if isinstance(expected, Mapping | list | tuple):
@@ -180,7 +179,7 @@ def _judge(mark: Mark, answer: Any) -> Iterator[str]:
             what = f"two calls with the same input differ: the second time {changed}"
         if what and " after the call " in what:
             what = f"it changes its input: {what}"
-        if mine.get("error") == "argument":
+        if what and mine.get("error") == "argument":
             what = f"{what}\n  the book's is called as {part.answer.__name__}{inspect.signature(part.answer)}"
         mark.cases[title] = what
 
@@ -206,28 +205,22 @@ def check(part: str | Callable, answer: Any = None) -> None:
 
 # Stubs: the plain answers without their bodies.
 
-@cache
-def _imports() -> dict[str, str]:
-    """Give what the table of exercises imports: the name -> a line of its own."""
-    found = {}
-    for node in ast.walk(ast.parse(inspect.getsource(exercises))):
-        for alias in getattr(node, "names", ()):
-            node.names = [alias]  # type: ignore[attr-defined]
-            found[alias.asname or alias.name] = ast.unparse(node)
-    return found
-
-
 def stub(*names: str, home: Mapping[str, str] | None = None) -> str:
     """Write a file to fill in: for each part its signature and task, with the imports that they need.
 
     Other parts are imported from the modules that `home` names, or from the book."""
     wanted, lines = list(dict.fromkeys(map(_find, names))), set()
     sources = [PARTS[name].source for name in wanted]
-    used = {node.id for node in ast.walk(ast.parse("\n".join(sources))) if isinstance(node, ast.Name)}
+    nodes = [*ast.parse(inspect.getsource(exercises)).body, *ast.walk(ast.parse("\n".join(sources)))]
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
     for key in {need for name in wanted for need in PARTS[name].needs}.difference(wanted):
         module = (home or {}).get(key, PARTS[key].book.__module__)
         lines.add(f"from {module} import {PARTS[key].answer.__name__}")
-    lines |= {line for name, line in _imports().items() if name in used}
+    for node in nodes:
+        for alias in getattr(node, "names", ()):  # of an import
+            if (alias.asname or alias.name) in used:
+                node.names = [alias]  # type: ignore[attr-defined]  # each on a line of its own
+                lines.add(ast.unparse(node))
     head = sorted(lines, key=lambda line: ("tinylm" in line, line.startswith("from"), line))
     bodies = [_hollow(source.splitlines(), ast.parse(source).body[0]) for source in sources]
     return "\n\n\n".join(["\n".join(head)] * bool(head) + bodies) + "\n"
@@ -252,7 +245,7 @@ def _load(path: str | Path, name: str) -> Any:
     folder, stem = os.path.split(os.path.splitext(os.path.abspath(path))[0])
     if not os.path.exists(path):
         raise InputError(f"{path} is not there")
-    sys.path.append(folder)  # for what it imports, too
+    sys.path.insert(0, folder)  # for what it imports, too
     try:
         module = import_module(stem)
     except (Exception, SystemExit) as error:
@@ -318,7 +311,7 @@ def _apart(work: Callable[..., Iterator], *arguments: Any, time_limit: float) ->
         why = "your code ended the process"
     finally:
         with suppress(OSError):  # all may have ended; Windows has no groups
-            getattr(os, "killpg", os.kill)(child.pid or 0, 9)
+            getattr(os, "killpg", os.kill)(child.pid, 9)  # type: ignore[arg-type]
         child.join()
     return place, found, why
 

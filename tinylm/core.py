@@ -75,9 +75,11 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[Any
     text: dict[str, Any] = {"encoding": "utf-8", "newline": "\n"} if mode == "w" else {}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with nullcontext(temporary.mkdir()) if mode == "dir" else open(temporary, mode, **text) as file:
+        if mode == "dir":
+            temporary.mkdir()
+        with nullcontext(temporary) if mode == "dir" else open(temporary, mode, **text) as file:
             begun = True
-            yield file or temporary
+            yield file
         for made in (temporary, *temporary.rglob("*")):
             _store(made)
         if mode == "dir" and target.exists():
@@ -126,12 +128,8 @@ def open_text(path: str | os.PathLike[str]) -> BinaryIO:
     zeros, wrong = begin.count(0), "\ufffd" in begin.decode("utf-8", "replace")[:-1]  # its last character may be cut
     if not begin:
         fault = "the file is empty; expected text"
-    elif begin.startswith((b"\xff\xfe", b"\xfe\xff")):
-        fault = "the text is UTF-16; expected UTF-8: `iconv -f UTF-16 -t UTF-8` writes it so"
-    elif begin.startswith(b"\x1f\x8b"):
-        fault = "a gzip file; give it a name that ends in .gz"
     elif zeros > len(begin) // 100 or (zeros and wrong):  # alone, either is read as it is
-        fault = "no text, there are zero bytes in it; expected UTF-8"
+        fault = "no text; perhaps a gzip file (its name must end in .gz) or UTF-16; expected UTF-8"
     else:
         return stream
     stream.close()
