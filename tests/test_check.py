@@ -143,7 +143,7 @@ def test_a_file_is_marked_part_by_part(file, capfd):
 
 def test_training_uses_every_part_and_is_that_of_the_book(monkeypatch):
     used, fables = set(), book.fables
-    monkeypatch.setattr(book, "fables", lambda count, seed: fables(60, seed))
+    monkeypatch.setattr(book, "fables", lambda count, seed: fables(30, seed))
 
     def noted(name, answer):
         class Noted(answer if isinstance(answer, type) else object):
