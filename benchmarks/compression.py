@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from tinylm.core import END_OF_TEXT, open_text
-from tinylm.tokenizer import ByteLevelBPE, make_vocab, train_bpe
+from tinylm.tokenizer import Tokenizer, train_bpe
 
 SIZES = [512 << k for k in range(7)]  # 512 to 32,768
 
@@ -28,7 +28,8 @@ def compression(train, held_out, size):
     curve = {}
     for vocab_size in [size for size in SIZES if size < len(vocab)] + [len(vocab)]:
         fewer = merges[: vocab_size - 257]
-        tokenizer = ByteLevelBPE(make_vocab(fewer, [END_OF_TEXT]), fewer, [END_OF_TEXT])
+        tokens = [bytes([byte]) for byte in range(256)] + [a + b for a, b in fewer]
+        tokenizer = Tokenizer(dict(enumerate(tokens)), fewer, [END_OF_TEXT])
         curve[vocab_size] = round(len(data) / len(tokenizer.encode(data.decode("utf-8", "replace"))), 4)
     sha256 = hashlib.sha256(data).hexdigest()
     return {"train": Path(train).name, "held_out": Path(held_out).name, "bytes": len(data), "sha256": sha256,

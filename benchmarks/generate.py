@@ -30,7 +30,7 @@ from tinylm.export import to_hf, to_llama2c
 from tinylm.generate import generate
 from tinylm.model import TransformerLM
 from tinylm.tokenizer import Tokenizer
-from tinylm.train import PRESETS, environment, load_run, save_checkpoint
+from tinylm.train import PRESETS, _machine, load_run, save_checkpoint
 
 END = "<|endoftext|>"
 
@@ -130,9 +130,7 @@ def main():
     if args.json:
         words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
         command = " ".join(["python benchmarks/generate.py", *words])
-        machine = environment("cpu")
-        about = dict(commit=machine.pop("commit"), environment=machine)
-        record = dict(command=command, preset="reference", tokens=args.tokens, **about)
+        record = dict(command=command, preset="reference", tokens=args.tokens, **_machine("cpu"))
         args.json.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 

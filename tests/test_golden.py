@@ -5,6 +5,7 @@ names that are promised to users are used, so that no test has to follow a chang
 """
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import redirect_stdout
 from dataclasses import asdict, fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -22,8 +24,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_config
 
-from tinylm import export
+from tinylm import cli, export
 from tinylm.ablations import run_name
 from tinylm.data import InputError, fable_logprob, fables
 from tinylm.generate import generate
@@ -57,10 +60,10 @@ def told(stories) -> str:
 
 
 def tinylm(*argv, code=0) -> str:
-    "Run the command; returns what it printed."
-    done = subprocess.run([*TINYLM, *map(str, argv)], env=ENV, capture_output=True, encoding="utf-8", timeout=120)
-    assert done.returncode == code, done.stderr
-    return done.stdout
+    "Run the command in this process; returns what it printed."
+    with redirect_stdout(io.StringIO()) as said:
+        assert cli.main(list(map(str, argv))) == code
+    return said.getvalue()
 
 
 def flags(config: TrainConfig) -> list[str]:
@@ -72,9 +75,8 @@ def flags(config: TrainConfig) -> list[str]:
 def log(run) -> list[dict]:
     "The lines of a log that are whole, without what depends on the clock."
     path = Path(run) / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
+    *whole, _ = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in whole]
 
 
 def losses(run, key="train_loss") -> list[float]:
@@ -152,23 +154,25 @@ def test_logits_and_gradients_are_those_of_llama():
              "ln2": "post_attention_layernorm", "ffn.w1": "mlp.gate_proj", "ffn.w2": "mlp.down_proj",
              "ffn.w3": "mlp.up_proj"}
 
-    def theirs(name, tensor):
-        if "q_proj" in name or "k_proj" in name:  # from pairs (2i, 2i + 1) to pairs (i, i + K/2)
-            tensor = tensor.unflatten(0, (4, -1, 2)).transpose(1, 2).reshape(tensor.shape)
-        for ours, other in names.items():
-            name = name if other in name else name.replace(ours, other)
-        return name, tensor.clone()
+    def theirs(tensors):
+        renamed = {}
+        for name, tensor in tensors:
+            if "q_proj" in name or "k_proj" in name:  # from pairs (2i, 2i + 1) to pairs (i, i + K/2)
+                tensor = tensor.unflatten(0, (4, -1, 2)).transpose(1, 2).reshape(tensor.shape)
+            for ours, other in names.items():
+                name = name if other in name else name.replace(ours, other)
+            renamed[name] = tensor
+        return renamed
 
-    llama.load_state_dict(dict(theirs(*item) for item in model.state_dict().items()))
+    llama.load_state_dict(theirs(model.state_dict().items()))
     ids = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(5))
     ours, expected = model(ids), llama(ids).logits
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     ours.square().mean().backward()
     expected.square().mean().backward()
-    expected_grads = {name: p.grad for name, p in llama.named_parameters()}
-    for name, p in model.named_parameters():
-        name, grad = theirs(name, p.grad)
-        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-4, atol=1e-6)
+    gradients = theirs((name, p.grad) for name, p in model.named_parameters())
+    expected = {name: p.grad for name, p in llama.named_parameters()}
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
 
 
 # --- training
@@ -210,15 +214,8 @@ def test_first_losses_of_laptop(data_dir, tmp_path):
 def tiny(tmp_path_factory):
     "A config of 400 quick steps whose data are prepared."
     folder = tmp_path_factory.mktemp("tiny")
-    (folder / "train.txt").write_text(told(fables(300, 0)), encoding="utf-8")
-    (folder / "valid.txt").write_text(told(fables(20, 1)), encoding="utf-8")
-    config = TrainConfig(
-        vocab_size=400, context_length=32, d_model=16, num_layers=2, num_heads=2, d_ff=32, device="cpu", lr=1e-2,
-        corpus=str(folder / "train.txt"), val_corpus=str(folder / "valid.txt"), data_dir=str(folder / "data"),
-        batch_size=4, warmup_iters=5, cosine_cycle_iters=400, log_every=4, eval_every=100, eval_windows=8,
-        checkpoint_every=50, run_dir=str(folder / "straight"))
-    prepare(config)
-    return config
+    return replace(tiny_config(folder), num_layers=2, cosine_cycle_iters=400, eval_every=100, checkpoint_every=50,
+                   run_dir=str(folder / "straight"))
 
 
 @pytest.fixture(scope="module")
@@ -226,10 +223,8 @@ def straight(tiny):
     return train(tiny)
 
 
-def assert_same_bits(run, other):
-    assert log(run) == log(other)
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        assert (newest(run) / file).read_bytes() == (newest(other) / file).read_bytes()
+def bits(run):
+    return log(run), *((newest(run) / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer"))
 
 
 def test_killed_is_never_stopped_and_a_flipped_bit_is_noticed(tiny, straight, tmp_path):
@@ -241,16 +236,15 @@ def test_killed_is_never_stopped_and_a_flipped_bit_is_noticed(tiny, straight, tm
     child.kill()
     assert child.wait() == -9, "the run ended before it was killed"
     tinylm("train", "--resume", run)
-    assert_same_bits(run, straight)
+    assert bits(run) == bits(straight)
     path = newest(run) / "model.safetensors"
-    raw = bytearray(path.read_bytes())
-    raw[-100] ^= 4
-    path.write_bytes(raw)
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-100] + bytes([raw[-100] ^ 4]) + raw[-99:])
     model = TransformerLM(tiny)
     with pytest.raises(InputError):
         load_checkpoint(newest(run), model, AdamW(model.parameters()))
     tinylm("train", "--resume", run)  # from the checkpoint before
-    assert_same_bits(run, straight)
+    assert bits(run) == bits(straight)
 
 
 def test_one_process_is_two_is_fsdp(tiny, tmp_path):
@@ -276,14 +270,11 @@ def test_the_command_of_the_source(tmp_path):
               "--d_ff 1344 --rope_theta 10000.0 --d_model 512 --beta1 0.9 --beta2 0.999 --weight_decay 0.0001 "
               "--warmup_iters 2000 --cosine_cycle_iters 20000 --max_l2_norm 1").split()
     argv = [*TINYLM, "train", *source, "--corpus", "corpus.txt", "--run_dir", "run"]
-    with open(tmp_path / "said", "w+", encoding="utf-8") as said:
-        child = subprocess.Popen(argv, cwd=tmp_path, env=ENV, stdout=said, stderr=said)
-        end = time.monotonic() + 100
-        while child.poll() is None and not (tmp_path / "run/config.json").exists() and time.monotonic() < end:
-            time.sleep(0.05)
-        child.kill()
-        child.wait()
-    assert (tmp_path / "run/config.json").exists(), (tmp_path / "said").read_text(encoding="utf-8")
+    child, end = subprocess.Popen(argv, cwd=tmp_path, env=ENV), time.monotonic() + 100
+    while child.poll() is None and not (tmp_path / "run/config.json").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
     saved = json.loads((tmp_path / "run/config.json").read_text(encoding="utf-8"))
     for flag, value in zip(source[::2], source[1::2], strict=True):
         assert saved[flag[2:]] == float(value)
@@ -458,17 +449,10 @@ def test_compare_catches_a_planted_bug(data_dir, tmp_path, monkeypatch):
         return y.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
     monkeypatch.setattr(RotaryPositionalEmbedding, "forward", wrong_pairs)
-    run = first_steps("debug", data_dir, tmp_path / "wrong")
-    assert subprocess.run([*TINYLM, "compare", run], env=ENV, capture_output=True).returncode == 1
+    tinylm("compare", first_steps("debug", data_dir, tmp_path / "wrong"), code=1)
 
 
 # --- downloads
-
-FILES = {
-    "tinystories": ("roneneldan/TinyStories", "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"),
-    "owt": ("stanford-cs336/owt-sample", "owt_train.txt.gz", "owt_valid.txt.gz"),
-}
-
 
 class Hub(BaseHTTPRequestHandler):
     "The part of the Hugging Face Hub that a download needs."
@@ -479,8 +463,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self, body=True):
         content, swapped = self.server.files.get(self.path.split("?")[0], (None, None))
         if content is None:
-            self.send_error(404)
-            return
+            return self.send_error(404)
         start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range") or "bytes=0-")[1])
         self.send_response(206 if "Range" in self.headers else 200)
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
@@ -498,30 +481,38 @@ class Hub(BaseHTTPRequestHandler):
         "Say nothing."
 
 
-@pytest.mark.parametrize("corpus", FILES)
-def test_corpora_are_fetched_by_their_real_names_and_checked(corpus, tmp_path):
-    repo, *names = FILES[corpus]
-    contents = [told(fables(count, seed)).encode() for count, seed in ((60, 0), (10, 1))]
-    contents = [gzip.compress(c) if corpus == "owt" else c for c in contents]
-    code = "import sys; from tinylm.data import fetch_corpus\nfor p in fetch_corpus(*sys.argv[1:]).values(): print(p)"
+FETCH = """import sys
+from tinylm.data import InputError, fetch_corpus
+for corpus in ("tinystories", "owt"):
+    try:
+        print(*fetch_corpus(corpus, sys.argv[1]).values(), sep="\\n")
+    except InputError:
+        print("refused")"""
+
+
+def test_corpora_are_fetched_by_their_real_names_and_checked(tmp_path):
+    stories = [told(fables(count, seed)).encode() for count, seed in ((60, 0), (10, 1))]
+    files = dict(zip(["roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
+                      "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt",
+                      "stanford-cs336/owt-sample/resolve/main/owt_train.txt.gz",
+                      "stanford-cs336/owt-sample/resolve/main/owt_valid.txt.gz"],
+                     [*stories, *map(gzip.compress, stories)], strict=True))
     env = {k: v for k, v in ENV.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
 
     def fetch():
-        argv = [sys.executable, "-c", code, corpus, str(tmp_path / "data")]
-        done = subprocess.run(argv, env=env, capture_output=True, encoding="utf-8", timeout=60)
-        return done.returncode, done.stdout.split()
+        argv = [sys.executable, "-c", FETCH, str(tmp_path / "data")]
+        done = subprocess.run(argv, env=env, capture_output=True, encoding="utf-8", timeout=60, check=True)
+        return done.stdout.split()
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hf")}
-        paths = [f"/datasets/{repo}/resolve/main/{name}" for name in names]
-        spoiled = [c[:100] + bytes([c[100] ^ 1]) + c[101:] for c in contents]
-        hub.files = dict(zip(paths, zip(contents, spoiled, strict=True), strict=True))
-        assert fetch()[0] != 0 and not list((tmp_path / "data").rglob(names[0]))  # one letter is another
-        hub.files = dict(zip(paths, zip(contents, contents, strict=True), strict=True))
-        code_, found = fetch()
-        assert code_ == 0 and [Path(path).name for path in found] == names
-        assert [Path(path).read_bytes() for path in found] == contents
+        hub.files = {f"/datasets/{path}": (c, c[:100] + bytes([c[100] ^ 1]) + c[101:]) for path, c in files.items()}
+        assert fetch() == ["refused"] * 2 and not list((tmp_path / "data").rglob("*train*"))  # one letter is another
+        hub.files = {f"/datasets/{path}": (c, c) for path, c in files.items()}
+        found = fetch()
+        assert [Path(path).name for path in found] == [Path(path).name for path in files]
+        assert [Path(path).read_bytes() for path in found] == list(files.values())
         hub.files = {}
-        assert fetch() == (0, found)  # what lies there is not fetched again
+        assert fetch() == found  # what lies there is not fetched again
         hub.shutdown()

@@ -1,25 +1,26 @@
 """Equality, determinism and bounds of tinylm.kernels that are no lesson."""
 
-import functools
-import gzip
+import contextlib
+import importlib
 import io
 import itertools
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
 import tracemalloc
 from collections import Counter
 from functools import cache
-from pathlib import Path
+from types import SimpleNamespace
 
+import numba
 import numpy as np
 import pytest
 import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_tokenizer import no_room
 
 from tinylm import kernels
 from tinylm.core import END_OF_TEXT
@@ -27,7 +28,6 @@ from tinylm.fables import fables
 from tinylm.kernels import Decoder, Encoder, Pretokens, count_pretokens, merge_pairs, split_pretokens
 from tinylm.tokenizer import PRETOKEN_PATTERN, count_pairs, merge_word
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 END = END_OF_TEXT.encode()
 SPECIAL = [END, END * 2, b"<|pad|>", b" x ", "¡fin!".encode()]
 find_pretokens = regex.compile(PRETOKEN_PATTERN).findall
@@ -41,7 +41,7 @@ PIECES = st.sampled_from(
 )
 TEXTS = st.lists(st.one_of(PIECES, st.text(max_size=8)), max_size=25).map("".join)
 BYTES = st.lists(st.one_of(PIECES.map(str.encode), st.binary(max_size=6)), max_size=20).map(b"".join)
-QUICK = settings(max_examples=400, deadline=None)
+QUICK = settings(max_examples=60, deadline=None)
 
 
 def expected_pretokens(text: str, special: bool = True) -> list[bytes]:
@@ -95,7 +95,7 @@ def test_table_of_kinds_is_that_of_regex():
 
 def test_every_character_is_decoded_and_classified():
     characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-    text = "".join(f"a{c}{c} {c}b" for c in [*characters[:0x3100], *characters[0x3100::41]])
+    text = "".join(f"a{c}{c} {c}b" for c in [*characters[:0x3100], *characters[0x3100::97]])
     assert split_pretokens(text.encode()) == expected_pretokens(text, special=False)
 
 
@@ -123,16 +123,7 @@ def test_reads_invalid_utf8_as_replacement_characters(data):
     assert split_pretokens(data, SPECIAL) == expected_pretokens(data.decode("utf-8", "replace"))
 
 
-@pytest.mark.parametrize("name", ["tinystories/valid_v2.txt.gz", "books/books.txt.gz"])
-def test_splits_real_text_as_regex_does(name):
-    if not (SHARED / name).exists():
-        pytest.skip(f"real text is not at hand (../shared/data/{name})")
-    with gzip.open(SHARED / name) as file:
-        data = file.read(4_000_000)
-    assert split_pretokens(data, SPECIAL) == expected_pretokens(data.decode("utf-8", "replace"))
-
-
-@settings(max_examples=150, deadline=None)
+@QUICK
 @given(BYTES, st.integers(1, 40), st.sampled_from([1, 2, 8]))
 @example(b"\xe2\x82 \x82\xac" * 9, 1, 2)
 @example(END * 5 + b"'s" + END * 3, 1, 1)
@@ -153,7 +144,7 @@ def test_any_chunks_and_workers_give_the_same_counts_and_ids(data, size, num_wor
 def test_more_words_than_any_table_starts_with(monkeypatch):
     monkeypatch.setattr(kernels, "_FLUSH_AT", 1 << 10)
     draw = random.Random(0)
-    words = [b" %x" % draw.getrandbits(draw.choice([20, 40, 100, 200])) for _ in range(60_000)]
+    words = [b" %x" % draw.getrandbits(draw.choice([20, 40, 100, 200])) for _ in range(30_000)]
     data = b"".join(words)
     expected = Counter(split_pretokens(data))
     for num_workers, block_size in ((1, 1 << 12), (2, 1 << 16), (8, 1 << 20)):
@@ -161,17 +152,12 @@ def test_more_words_than_any_table_starts_with(monkeypatch):
         assert pretokens.as_dict() == expected
 
 
-def test_progress_tells_every_byte():
-    seen = []
-    count_pretokens(io.BytesIO(b"one two\n" * 999), num_workers=2, block_size=100, progress=seen.append)
-    assert sum(seen) == 8 * 999
-    seen = []
-    encoder = Encoder(range(256), [])
-    list(encoder.encode_chunks([b"one two\n"] * 999, block_size=100, progress=seen.append))
-    assert sum(seen) == 8 * 999
-    seen = []
-    merge_pairs(Pretokens.from_dict({b"abcabd": 3}), 100, progress=seen.append)
-    assert sum(seen) == len(merge_pairs(Pretokens.from_dict({b"abcabd": 3}), 100)) == 4
+def test_progress_tells_every_byte_and_merge():
+    counted, encoded, merged = [], [], []
+    count_pretokens(io.BytesIO(b"one two\n" * 999), num_workers=2, block_size=100, progress=counted.append)
+    list(Encoder(range(256), []).encode_chunks([b"one two\n"] * 999, block_size=100, progress=encoded.append))
+    merge_pairs(Pretokens.from_dict({b"abcabd": 3}), 100, progress=merged.append)
+    assert [sum(counted), sum(encoded), sum(merged)] == [8 * 999, 8 * 999, 4]
 
 
 WORDS = st.one_of(
@@ -196,7 +182,7 @@ def test_merges_by_the_definition(words, num_merges):
 
 
 def test_merges_by_the_definition_however_little_room_there_is_at_first(monkeypatch):
-    words = count_pretokens(io.BytesIO(trained()[1][:50_000]), [END]).as_dict()
+    words = count_pretokens(io.BytesIO(trained()[1][:30_000]), [END]).as_dict()
     words |= {b"a" * 20_000: 10**6, bytes(range(256)) * 3: 1}
     room_for_pairs, make_room, enlarged = kernels._room_for_pairs, kernels._Merger.make_room, set()
 
@@ -213,7 +199,7 @@ def test_merges_by_the_definition_however_little_room_there_is_at_first(monkeypa
 
 def test_memory_is_that_of_the_distinct_pretokens():
     draw = random.Random(0)
-    words = {b" %x" % draw.getrandbits(draw.choice([30, 50, 70])): 1 for _ in range(200_000)}
+    words = {b" %x" % draw.getrandbits(draw.choice([30, 50, 70])): 1 for _ in range(60_000)}
     pretokens = Pretokens.from_dict(words)
     places = int(pretokens.offsets[-1]) + len(words) + 1
     tracemalloc.start()
@@ -233,23 +219,22 @@ def test_ids_of_any_size_and_type_are_the_same_ids():
     assert np.array_equal(np.where(ids < 256, ids, ids - 100_000), expected)
 
 
-def test_more_pretokens_than_the_cache_has_lines():
-    draw = random.Random(0)
-    letters = bytes.maketrans(b"0123456789abcdef", b"abcdefghijklmnop")
-    num = (1 << kernels._ENCODE_BITS) * 5 // 4
+def test_more_pretokens_than_the_cache_keeps():
+    draw, letters = random.Random(0), bytes.maketrans(b"0123456789abcdef", b"abcdefghijklmnop")
+    num = 1 << (kernels._ENCODE_BITS - 1)  # so many that a few share a place
     words = [b" forever" + (b"%07x" % draw.getrandbits(28)).translate(letters) for _ in range(num)]
     encoder, data = fables_encoder(), b"".join(words)
     fresh = kernels._Worker(encoder._specials, encoder._ranks, encoder.dtype)
-    one_by_one = []
-    for i in range(0, len(words), 1000):  # few at a time, and then forget them
-        part = b"".join(words[i : i + 1000])
-        one_by_one.append(fresh.encode((kernels._pad(part), len(part))))
+    few_at_a_time = []
+    for i in range(0, num, 5000):
+        part = b"".join(words[i : i + 5000])
+        few_at_a_time.append(fresh.encode((kernels._pad(part), len(part))))
         fresh.lines[:] = kernels._EMPTY
     for _ in range(2):
-        assert np.array_equal(encoder.encode(data), np.concatenate(one_by_one))
+        assert np.array_equal(encoder.encode(data), np.concatenate(few_at_a_time))
 
 
-@settings(max_examples=300, deadline=None)
+@QUICK
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12, unique=True), st.binary(max_size=150))
 def test_short_and_long_pretokens_merge_alike(pairs, data):
     "Any merges, in any order, also such as no training would give."
@@ -265,14 +250,12 @@ def test_short_and_long_pretokens_merge_alike(pairs, data):
 
 
 HARD = {
-    "one letter": b"a" * 1_000_000,
-    "no space": b"".join(b"%x" % random.Random(i).getrandbits(64) for i in range(62_500)),
-    "letters without a space": "".join(random.Random(0).choices("abcdefghij", k=1_000_000)).encode(),
-    "spaces": b" " * 1_000_000,
-    "apostrophes": b"'" * 1_000_000,
-    "special tokens": END * 77_000,
-    "not UTF-8": b"\xff" * 300_000,
-    "Chinese": "春眠不觉晓处处闻啼鸟夜来风雨声花落知多少".encode() * 17_000,
+    "one letter": b"a" * 300_000,
+    "letters without a space": "".join(random.Random(0).choices("abcdefghij", k=300_000)).encode(),
+    "apostrophes": b"'" * 300_000,
+    "special tokens": END * 25_000,
+    "not UTF-8": b"\xff" * 100_000,
+    "Chinese": "春眠不觉晓处处闻啼鸟夜来风雨声花落知多少".encode() * 5_000,
 }
 
 
@@ -288,8 +271,8 @@ def test_hard_texts_take_bounded_time_and_memory(name):
     merges = merge_pairs(count_pretokens(io.BytesIO(data), [END], num_workers=1, block_size=1 << 16), 200)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert time.process_time() - start < 20
-    assert peak < 200e6
+    assert time.process_time() - start < 10
+    assert peak < 100e6
     assert 0 < len(ids) <= 3 * len(data)
     words = count_pretokens(io.BytesIO(data), [END]).as_dict()
     assert as_bytes(merges[:1]) == merge_by_definition(words, 1)
@@ -303,46 +286,31 @@ def test_memory_does_not_grow_with_the_stream():
         tracemalloc.start()
         for _ in encoder.encode_chunks(itertools.repeat(story, times), num_workers=2, block_size=1 << 18):
             pass
-        count_pretokens(Repeated(story, times), [END], num_workers=2, block_size=1 << 18)
+        stories = itertools.repeat(story, times)
+        count_pretokens(SimpleNamespace(read=lambda size: next(stories, b"")), [END], num_workers=2, block_size=1 << 18)
         size = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return size
 
     peak(2)
-    assert peak(400) < 1.5 * peak(100)
-
-
-class Repeated(io.RawIOBase):
-    def __init__(self, data: bytes, times: int):
-        self.chunks = itertools.repeat(data, times)
-
-    def read(self, size: int = -1) -> bytes:
-        return next(self.chunks, b"")
+    assert peak(100) < 1.5 * peak(25)
 
 
 def test_nothing_to_do():
     assert split_pretokens(b"") == [] == Encoder(range(256), []).encode(b"").tolist()
-    assert list(Encoder(range(256), []).encode_chunks([])) == []
     assert list(Encoder(range(256), []).encode_chunks([b"", b""])) == []
-    assert count_pretokens(io.BytesIO(b""), [END]).as_dict() == {}
     assert merge_pairs(count_pretokens(io.BytesIO(b"")), 5).shape == (0, 2)
-    assert merge_pairs(Pretokens.from_dict({b"abc": 1}), 0).shape == (0, 2)
     assert len(merge_pairs(Pretokens.from_dict({b"abc": 2, b"b": 1}), 10**12)) == 2  # room for no more
     assert Decoder({0: b"a"}).decode([]) == b""
 
 
 def test_mistakes_are_errors():
-    with pytest.raises(IndexError, match="from 0 to 1"):
-        Decoder({0: b"a", 1: b"b"}).decode([2])
-    with pytest.raises(IndexError):
-        Decoder({0: b"a"}).decode([-1])
-    with pytest.raises(AssertionError, match="2,097,152"):
-        Encoder(range(256), [(97, 98)], [1 << 21])
-    for new_ids, special in (([1 << 16], {}), ([256], {END: 1 << 16})):
-        with pytest.raises(AssertionError, match="65,536"):
-            Encoder(range(256), [(97, 98)], new_ids, special, np.uint16)
-    with pytest.raises(AssertionError, match="at least one byte"):
-        split_pretokens(b"a", [b""])
+    for wrong in (2, -1):
+        with pytest.raises(IndexError, match="from 0 to 1"):
+            Decoder({0: b"a", 1: b"b"}).decode([wrong])
+    for new_id, special in ((1 << 21, {}), (1 << 16, {}), (256, {END: 1 << 16})):
+        with pytest.raises(AssertionError, match="65,536|2,097,152"):
+            Encoder(range(256), [(97, 98)], [new_id], special, np.uint16)
 
 
 def test_a_failing_stream_stops_the_workers():
@@ -354,68 +322,60 @@ def test_a_failing_stream_stops_the_workers():
         list(fables_encoder().encode_chunks(chunks(), num_workers=2, block_size=100))
 
 
-TRY = "from copy_of import kernels as k; print(len(k.split_pretokens(b'ab ab')))"
-
-
 @pytest.fixture
-def copied(tmp_path):
-    "A folder with a copy of the module, which nobody changes while the test runs, and how to run code there."
-    (tmp_path / "copy_of").mkdir()
-    for name in ("kernels.py", "core.py"):
-        shutil.copy(Path(kernels.__file__).with_name(name), tmp_path / "copy_of" / name)
+def run(tmp_path, monkeypatch, capsys):
+    "Calls a compiled function as a fresh process would, and returns what that said; its files lie in run.cache."
+    (tmp_path / "two.py").write_text("import tinylm.kernels as k\n@k.compiled\ndef twice(x):\n    return 2 * x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
 
-    def run(code=TRY, **env):
-        env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), **env}
-        how = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 300}
-        done = subprocess.run([sys.executable, "-c", code], env=env, **how)
-        assert done.returncode == 0 and done.stdout == "2\n", done.stderr
-        return done.stderr
+    def run():
+        kernels._announce.cache_clear()
+        sys.modules.pop("two", None)
+        assert importlib.import_module("two").twice(1) == 2
+        return capsys.readouterr().err
 
     run.cache = tmp_path / "cache"
     return run
 
 
-def test_works_where_nothing_can_be_written(copied):
+def test_works_where_nothing_can_be_written(run, monkeypatch):
     "Without a folder for compiled code numba refuses to cache; then the functions are compiled anew."
-    assert "compiling" in copied("import numba.core.caching as c\nc.CacheImpl._locator_classes = []\n" + TRY)
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    assert "compiling" in run()
 
 
-def test_compiled_code_is_kept_on_disk_and_compiling_announced_once(copied):
-    assert copied().count("compiling") == 1
-    files = {path: path.stat().st_mtime_ns for path in copied.cache.rglob("*.nb?")}
-    assert files and copied() == ""
-    assert files == {path: path.stat().st_mtime_ns for path in copied.cache.rglob("*.nb?")}
+def test_a_full_disk_under_the_cache_is_no_error(run):
+    with no_room(100):
+        assert "compiling" in run()
 
 
-@pytest.mark.parametrize("kind, content", [("nbi", b""), ("nbc", b""), ("nbi", b"\0" * 99), ("nbc", b"no pickle")])
-def test_damaged_compiled_code_is_made_anew(copied, kind, content):
-    copied()
-    for path in copied.cache.rglob(f"*.{kind}"):
+@pytest.mark.parametrize("kind, content", [("nbi", b""), ("nbc", b""), ("nbi", b"\0" * 9), ("nbc", b"no pickle")])
+def test_compiled_code_is_kept_on_disk_and_made_anew_when_damaged(run, kind, content):
+    assert run().count("compiling") == 1
+    files = {path: path.stat().st_mtime_ns for path in run.cache.rglob("*.nb?")}
+    assert files and run() == ""
+    assert files == {path: path.stat().st_mtime_ns for path in run.cache.rglob("*.nb?")}
+    for path in run.cache.rglob(f"*.{kind}"):
         path.write_bytes(content)
-    assert copied().count("compiling") == 1 and copied() == ""
+    assert run().count("compiling") == 1 and run() == ""
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_FSIZE here")
-def test_a_full_disk_under_the_cache_is_no_error(copied):
-    full = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    assert "compiling" in copied(full + "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n" + TRY)
-
-
-def test_without_a_compiler_the_results_are_the_same(tmp_path):
+def test_without_a_compiler_the_results_are_the_same():
     code = """
-import io, warnings
-warnings.simplefilter("error")
+import io
 from tinylm import kernels as k
 text = "don't  stop é 🦊\\u3000x <|e|> the cat's hat, the cat sat " .encode() * 3 + b"q" * 80
 pretokens = k.count_pretokens(io.BytesIO(text), [b"<|e|>"])
 merges = k.merge_pairs(pretokens, 30)
 ids = k.Encoder(range(256), merges, special_tokens={b"<|e|>": 290}, dtype=k.np.uint16).encode(text)
-print(sorted(pretokens.as_dict().items()), merges.tolist(), ids.tolist())
-print(k.Decoder({104: b"h", 105: b"i"}).decode([104, 105]))
+print(sorted(pretokens.as_dict().items()), merges.tolist(), ids.tolist(), k.Decoder({105: b"i"}).decode([105]))
 """
-    run = functools.partial(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    slow, fast = run(env={**os.environ, "NUMBA_DISABLE_JIT": "1"}), run()
-    assert slow.returncode == 0 and slow.stdout == fast.stdout and "hi" in slow.stdout, slow.stderr
+    with contextlib.redirect_stdout(io.StringIO()) as fast:
+        exec(code, {})
+    env = {**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTHONWARNINGS": "error", "PYTHONUTF8": "1"}
+    slow = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", env=env)
+    assert slow.stdout == fast.getvalue() and slow.returncode == 0, slow.stderr
 
 
 def test_a_notebook_keeps_no_compiled_code():
@@ -426,8 +386,3 @@ def test_a_notebook_keeps_no_compiled_code():
     assert kernels.compiled(twice).stats.cache_path
     twice.__module__ = "__main__"
     assert kernels.compiled(twice).stats.cache_path is None
-
-
-def test_imports_neither_torch_nor_regex():
-    code = "import sys, tinylm.kernels; print([m for m in ('torch', 'regex', 'tinylm.tokenizer') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

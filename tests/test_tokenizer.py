@@ -1,13 +1,12 @@
 """Faults, equality with other tokenizers, and properties of tinylm.tokenizer that are no lesson."""
 
-import gzip
 import functools
+import gzip
 import itertools
 import json
 import os
-import subprocess
-import sys
 import tracemalloc
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,8 @@ from tinylm.core import END_OF_TEXT, InputError
 from tinylm.kernels import count_pretokens
 from tinylm.tokenizer import PRETOKEN_PATTERN, TokenFile, Tokenizer, train_bpe, train_bpe_naive
 
-settings.register_profile("tinylm", deadline=None, derandomize=True)  # the same examples, on a busy machine too
+# few examples, and the same ones each time, on a busy machine too
+settings.register_profile("tinylm", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("tinylm")
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 SPECIAL = [END_OF_TEXT, END_OF_TEXT * 2, "<|pad|>", " x "]
@@ -74,10 +74,7 @@ def tiktoken_encoding(tokenizer):
 # --- training
 
 
-@pytest.mark.filterwarnings("ignore:.*no pair is left")
-@pytest.mark.parametrize("num_workers", [1, 2, 8])
-@given(text=TEXTS, block_size=st.integers(1, 50))
-@settings(max_examples=40)
+@given(text=TEXTS, block_size=st.integers(1, 50), num_workers=st.sampled_from([1, 2, 8]))
 def test_any_workers_and_blocks_train_as_the_naive_one(text, block_size, num_workers, tmp_path_factory):
     path, text = tmp_path_factory.mktemp("blocks") / "x.txt", text.replace("\0", "")
     path.write_text("." + text, encoding="utf-8", newline="")
@@ -87,35 +84,25 @@ def test_any_workers_and_blocks_train_as_the_naive_one(text, block_size, num_wor
     assert found == train_bpe_naive("." + text, 300, SPECIAL)
 
 
-def test_gzip_and_crlf_are_read_as_they_are(corpus_path, tmp_path):
+def test_gzip_and_crlf_are_read_as_they_are(tokenizer, corpus_path, tmp_path):
     packed = tmp_path / "corpus.txt.gz"
     packed.write_bytes(gzip.compress(corpus_path.read_bytes()))
-    assert train_bpe(packed, 400, SPECIAL) == train_bpe(corpus_path, 400, SPECIAL)
+    assert train_bpe(packed, 500, SPECIAL) == (tokenizer.vocab, tokenizer.merges)
+    one, two = tokenizer.encode_file(packed, tmp_path / "x"), tokenizer.encode_file(corpus_path, tmp_path / "y.bin")
+    assert one.path.name == "x.bin" and one.source == "corpus.txt.gz"
+    assert one.path.read_bytes() == two.path.read_bytes()
     packed.write_bytes(gzip.compress(b"a\r\n\r\nb" * 9))
     assert train_bpe(packed, 257, [])[1] == [(b"\r", b"\n")]
 
 
-@pytest.mark.parametrize("vocab_size, special, said", [
-    (-1, [END_OF_TEXT], "vocab_size -1: .* 257 or more"), (256, [END_OF_TEXT], "vocab_size 256"),
-    (500, ["a"], "special token 'a'"), (500, [""], "special token"), (500, ["<|x|>"] * 2, "special token"),
-])
-def test_wishes_that_cannot_be_met(corpus_path, vocab_size, special, said):
-    with pytest.raises(InputError, match=said):
-        train_bpe(corpus_path, vocab_size, special)
-
-
-def test_smallest_vocabulary_is_bytes_and_special_tokens(corpus_path):
-    vocab, merges = train_bpe(corpus_path, 257, [END_OF_TEXT])
-    assert merges == [] and vocab[256] == END_OF_TEXT.encode() and vocab[65] == b"A"
-    assert Tokenizer(vocab, merges, [END_OF_TEXT]).encode("é" + END_OF_TEXT) == [0xC3, 0xA9, 256]
-
-
-def test_unreachable_vocabulary_stops_early_and_warns_once(tmp_path):
-    path = tmp_path / "small.txt"
-    path.write_text("ab ab", encoding="utf-8")
-    with pytest.warns(UserWarning, match="259 tokens of 1000: no pair is left"):
-        vocab, merges = train_bpe(path, 1000, [END_OF_TEXT])
+def test_a_vocabulary_that_is_too_small_or_too_large(corpus_path, tmp_path, capsys):
+    with pytest.raises(InputError, match="vocab_size 256: give 257 or more"):
+        train_bpe(corpus_path, 256, [END_OF_TEXT])
+    assert train_bpe(corpus_path, 257, [END_OF_TEXT])[1] == []
+    (tmp_path / "small.txt").write_text("ab ab", encoding="utf-8")
+    vocab, merges = train_bpe(tmp_path / "small.txt", 1000, [END_OF_TEXT])
     assert merges == [(b"a", b"b"), (b" ", b"ab")] and len(vocab) == 259
+    assert capsys.readouterr().err.endswith("small.txt: 259 of 1000 tokens: no pair is left\n")
 
 
 def test_files_that_cannot_be_read(tmp_path, tokenizer):
@@ -152,37 +139,26 @@ def test_surrogates_are_treated_as_tiktoken_treats_them(tokenizer, tiktoken_enco
 @example(END_OF_TEXT * 3 + " x " + END_OF_TEXT)
 @example(f" {END_OF_TEXT} \n{END_OF_TEXT}\n x  x ")
 @example("a  " + END_OF_TEXT + "  b")
-@settings(max_examples=300)
 def test_ids_equal_those_of_hugging_face(tokenizer, hugging_face, text):
     assert tokenizer.encode(text) == hugging_face.encode(text).ids
 
 
 @given(TEXTS)
-@settings(max_examples=300)
 def test_ids_equal_those_of_tiktoken(tokenizer, tiktoken_encoding, text):
     # tiktoken does not promise the longest of overlapping special tokens, so each is tried alone.
     text = text.replace(END_OF_TEXT * 2, "").replace(" x ", "")
     assert tokenizer.encode(text) == tiktoken_encoding.encode(text, allowed_special="all")
 
 
-def cut(text, places):
-    edges = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
-    return [text[a:b] for a, b in itertools.pairwise(edges)]
-
-
-@given(text=TEXTS, places=st.lists(st.integers(0, 1000), max_size=20), size=st.integers(1, 40))
-@settings(max_examples=500)
-def test_streaming_gives_the_ids_of_the_whole(tokenizer, text, places, size):
-    chunks = cut(text, places)
-    with pytest.MonkeyPatch.context() as patch:
-        small = functools.partial(tokenizer._encoder.encode_chunks, num_workers=2)
-        patch.setattr(tokenizer._encoder, "encode_chunks", lambda chunks, block_size: small(chunks, block_size=size))
-        assert list(tokenizer.encode_iterable(chunks)) == tokenizer.encode(text)
+@given(text=TEXTS, places=st.lists(st.integers(0, 100), max_size=20))
+def test_streaming_gives_the_ids_of_the_whole(tokenizer, text, places):
+    edges = [0, *sorted(min(place, len(text)) for place in places), len(text)]
+    chunks = [text[a:b] for a, b in itertools.pairwise(edges)]
     assert list(tokenizer.encode_iterable(chunks)) == tokenizer.encode(text)
 
 
 @given(data=st.lists(st.one_of(PIECES.map(str.encode), st.binary(max_size=4)), max_size=20).map(b"".join))
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_a_file_of_any_bytes_gives_the_ids_of_its_text(tokenizer, data, tmp_path_factory):
     folder, data = tmp_path_factory.mktemp("any"), data.replace(b"\0", b"")
     (folder / "x.txt").write_bytes(b"." + data)
@@ -193,30 +169,20 @@ def test_a_file_of_any_bytes_gives_the_ids_of_its_text(tokenizer, data, tmp_path
 
 
 def test_streaming_takes_what_it_needs_and_no_more(tokenizer):
-    taken = 0
-
-    def endless():
-        nonlocal taken
-        while taken < 100_000:  # as good as endless, and no trap for a program that reads it all
-            taken += 1
-            yield "Once upon a time. "
-
-    ids = tokenizer.encode_iterable(endless())
-    assert len(list(itertools.islice(ids, 100_000))) == 100_000
-    assert taken * len("Once upon a time. ") < 500_000
+    places = iter(range(100_000))  # as good as endless, and no trap for a program that reads it all
+    ids = tokenizer.encode_iterable("Once upon a time. " for _ in places)
+    assert len(list(itertools.islice(ids, 100_000))) == 100_000 and next(places) * 18 < 500_000
 
 
 def test_memory_does_not_grow_with_the_file(tokenizer, corpus_path, tmp_path):
     block = b"the weather in the hills is the same as ever, he said\n" * 20_000  # 1.1 MB
-    with gzip.open(tmp_path / "long.txt.gz", "wb", compresslevel=1) as file:
-        for _ in range(50):
-            file.write(block)
+    (tmp_path / "long.txt.gz").write_bytes(gzip.compress(block * 30, 1))
     tokenizer.encode_file(corpus_path, tmp_path / "short", num_workers=1)  # compile, and make a cache
     tracemalloc.start()
     tokenizer.encode_file(tmp_path / "long.txt.gz", tmp_path / "long", num_workers=1)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 30e6 < 50 * len(block)
+    assert peak < 30e6 < 30 * len(block)
 
 
 def test_ids_that_the_vocabulary_leaves_out():
@@ -245,25 +211,17 @@ KNOWN = {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [496], "tokens": [END_OF_TEXT]}
 BEGIN = {"type": "TemplateProcessing", "single": [END, TEXT], "pair": [TEXT, TEXT], "special_tokens": KNOWN}
 LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
 NO_EFFECT = [
-    ("post_processor", LEVEL), ("post_processor", BEGIN), ("model.unk_token", END_OF_TEXT), ("model.fuse_unk", True),
-    ("model.byte_fallback", True),
-    ("pre_tokenizer.trim_offsets", False), ("model.end_of_word_suffix", ""), ("model.dropout", None), ("decoder", None),
-    ("added_tokens.0.special", False), ("model.continuing_subword_prefix", ""), ("normalizer", None),
+    ("post_processor", LEVEL), ("post_processor", BEGIN), ("model.unk_token", END_OF_TEXT),
+    ("pre_tokenizer.trim_offsets", False), ("decoder", None), ("added_tokens.0.special", False),
 ]
 EFFECT = [
-    ("normalizer", {"type": "NFC"}), ("normalizer", {"type": "Lowercase"}), ("model.dropout", 0.5),
-    ("model.type", "WordPiece"), ("model.merges", [["a"]]),
+    ("normalizer", {"type": "NFC"}), ("model.dropout", 0.5), ("model.type", "WordPiece"), ("model.merges", [["a"]]),
     ("truncation", {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}), ("model", None),
-    ("padding", {"strategy": {"Fixed": 9}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}),
     ("pre_tokenizer", {"type": "Whitespace"}), ("pre_tokenizer", None), ("pre_tokenizer.use_regex", False),
-    ("pre_tokenizer.add_prefix_space", True), ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [LEVEL]}),
-    ("model.ignore_merges", True), ("model.continuing_subword_prefix", "##"), ("model.end_of_word_suffix", "</w>"),
-    ("added_tokens.0.lstrip", True), ("added_tokens.0.rstrip", True), ("added_tokens.0.single_word", True),
-    ("added_tokens.0.normalized", True), ("added_tokens.0.id", 7), ("added_tokens.0.news", True), ("news", 1),
-    ("model.news", 1), ("pre_tokenizer.news", 1),
+    ("pre_tokenizer.add_prefix_space", True), ("model.ignore_merges", True), ("model.end_of_word_suffix", "</w>"),
+    ("added_tokens.0.lstrip", True), ("added_tokens.0.normalized", True), ("added_tokens.0.id", 7), ("news", 1),
     ("post_processor", {**BEGIN, "single": [TEXT, END]}), ("post_processor", {**BEGIN, "single": [END, END, TEXT]}),
     ("post_processor", {"type": "BertProcessing", "sep": ["x", 1], "cls": ["y", 2]}), ("model.vocab", {"日": 1}),
-    ("post_processor", {"type": "Sequence", "processors": [LEVEL, BEGIN]}),
 ]
 
 
@@ -313,50 +271,33 @@ def test_fingerprint_sees_every_part(tokenizer):
 
 @pytest.fixture(scope="session")
 def gpt2():
-    if not (SHARED / "gpt2").is_dir():
+    "Ours, Hugging Face's and tiktoken's, with GPT-2's vocabulary."
+    tokenizers, files = pytest.importorskip("tokenizers"), [SHARED / "gpt2/vocab.json", SHARED / "gpt2/merges.txt"]
+    if not files[0].is_file():
         pytest.skip("GPT-2's vocabulary is not at hand (../shared/data/gpt2)")
-    return Tokenizer.from_files(SHARED / "gpt2" / "vocab.json", SHARED / "gpt2" / "merges.txt", [END_OF_TEXT])
-
-
-@pytest.fixture(scope="session", params=["tinystories/valid_v2", "books/books"])
-def real_text(request):
-    path = SHARED / f"{request.param}.txt.gz"
-    if not path.is_file():
-        pytest.skip(f"real text is not at hand (../shared/data/{request.param}.txt.gz)")
-    with gzip.open(path) as file:
-        return file.read(400_000).decode("utf-8", "ignore")
-
-
-@pytest.fixture(scope="session")
-def gpt2_of_hugging_face(gpt2):
-    tokenizers = pytest.importorskip("tokenizers")
-    theirs = tokenizers.ByteLevelBPETokenizer(str(SHARED / "gpt2" / "vocab.json"), str(SHARED / "gpt2" / "merges.txt"))
+    ours, theirs = Tokenizer.from_files(*files, [END_OF_TEXT]), tokenizers.ByteLevelBPETokenizer(*map(str, files))
     theirs.add_special_tokens([END_OF_TEXT])
-    return theirs
+    return ours, theirs, as_tiktoken(ours)
 
 
-@pytest.fixture(scope="session")
-def gpt2_of_tiktoken(gpt2):
-    return as_tiktoken(gpt2)
+def assert_gpt2_agrees(gpt2, text):
+    ours, theirs, tiktoken = gpt2
+    assert ours.encode(text) == theirs.encode(text).ids == tiktoken.encode(text, allowed_special="all")
 
 
-def test_gpt2_known_ids(gpt2):
-    assert gpt2.vocab_size == 50257 and gpt2.special_tokens == {END_OF_TEXT: 50256}
-    assert gpt2.encode("Hello world" + END_OF_TEXT) == [15496, 995, 50256]
-
-
-def test_gpt2_equals_hugging_face_and_tiktoken_on_real_text(gpt2, gpt2_of_hugging_face, gpt2_of_tiktoken, real_text):
-    ids = gpt2.encode(real_text)
-    assert ids == gpt2_of_hugging_face.encode(real_text).ids
-    assert ids == gpt2_of_tiktoken.encode(real_text, allowed_special="all")
+@pytest.mark.parametrize("name", ["tinystories/valid_v2.txt.gz", "books/books.txt.gz"])
+def test_gpt2_on_real_text(gpt2, name):
+    assert gpt2[0].encode("Hello world" + END_OF_TEXT) == [15496, 995, 50256] and gpt2[0].vocab_size == 50257
+    if not (SHARED / name).is_file():
+        pytest.skip(f"real text is not at hand (../shared/data/{name})")
+    with gzip.open(SHARED / name) as file:
+        assert_gpt2_agrees(gpt2, file.read(200_000).decode("utf-8", "ignore"))
 
 
 @given(text=TEXTS)
 @example(CORPUS)
-def test_gpt2_equals_hugging_face_and_tiktoken_on_any_text(gpt2, gpt2_of_hugging_face, gpt2_of_tiktoken, text):
-    ids = gpt2.encode(text)
-    assert ids == gpt2_of_tiktoken.encode(text, allowed_special="all")
-    assert ids == gpt2_of_hugging_face.encode(text).ids
+def test_gpt2_on_any_text(gpt2, text):
+    assert_gpt2_agrees(gpt2, text)
 
 
 # --- token files
@@ -365,14 +306,6 @@ def test_gpt2_equals_hugging_face_and_tiktoken_on_any_text(gpt2, gpt2_of_hugging
 @pytest.fixture
 def token_file(tokenizer, corpus_path, tmp_path):
     return tokenizer.encode_file(corpus_path, tmp_path / "train.bin")
-
-
-def test_token_file_from_gzip(tokenizer, token_file, corpus_path, tmp_path):
-    packed = tmp_path / "corpus.txt.gz"
-    packed.write_bytes(gzip.compress(corpus_path.read_bytes()))
-    again = tokenizer.encode_file(packed, tmp_path / "again")
-    assert again.path.name == "again.bin" and again.source == "corpus.txt.gz"
-    assert again.path.read_bytes() == token_file.path.read_bytes()
 
 
 @pytest.mark.parametrize("size, dtype", [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
@@ -384,8 +317,8 @@ def test_large_vocabularies_take_four_bytes(tmp_path, size, dtype):
     assert made.dtype == dtype and made.tokens().tolist() == [97, 98, 99]
 
 
-@pytest.mark.parametrize("content", ["", '{"dtype"', "[]", "{}", "7", {"extra": 1}, {"dtype": None},
-                                     {"dtype": "float16"}, {"count": "many"}, {"count": -1}, {"count": 0}], ids=str)
+@pytest.mark.parametrize("content", ["", "[]", "{}", {"extra": 1}, {"dtype": None}, {"count": "many"}, {"count": 0}],
+                         ids=str)
 def test_token_file_with_a_damaged_description(token_file, content):
     path = token_file.path.with_suffix(".json")
     if isinstance(content, dict):
@@ -427,39 +360,23 @@ def test_failure_while_encoding_leaves_the_old_pair(tokenizer, token_file, corpu
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train.bin", "train.json"]
 
 
-def test_failure_before_the_description_marks_the_pair_as_unfinished(tokenizer, token_file, corpus_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("tinylm.tokenizer.json.dump", fail)
-    with pytest.raises(KeyboardInterrupt):
-        tokenizer.encode_file(corpus_path, token_file.path)
-    with pytest.raises(InputError, match="train.json"):
-        TokenFile.load(token_file.path)
-
-
-FULL_DISK = """
-import resource, signal, sys
-from tinylm.core import InputError
-from tinylm.tokenizer import Tokenizer
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [])
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
-try:
-    tokenizer.encode_file(sys.argv[1], sys.argv[2])
-except InputError as error:
-    print("InputError:", error)
-"""
+@contextmanager
+def no_room(size):
+    "No file can grow larger, as on a full disk."
+    resource = pytest.importorskip("resource")  # not on Windows
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_FSIZE here")
 @pytest.mark.parametrize("limit", [4096, 200])  # the ids do not fit; the ids fit and the description does not
-def test_full_disk_leaves_nothing_half_written(tmp_path, limit):
-    (tmp_path / "x.txt").write_text("words " * (1000 if limit > 1000 else 5), encoding="utf-8")
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "x.txt"), str(tmp_path / "x.bin"), str(limit)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "InputError" in done.stdout and "cannot write" in done.stdout
+def test_full_disk_leaves_nothing_half_written(tokenizer, tmp_path, limit):
+    (tmp_path / "x.txt").write_text("words " * (9999 if limit > 1000 else 5), encoding="utf-8")
+    with no_room(limit), pytest.raises(InputError, match="cannot write"):
+        tokenizer.encode_file(tmp_path / "x.txt", tmp_path / "x.bin")
     assert sorted(p.name for p in tmp_path.iterdir()) in (["x.txt"], ["x.bin", "x.txt"])
     with pytest.raises(InputError):
         TokenFile.load(tmp_path / "x.bin")

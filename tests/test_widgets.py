@@ -17,7 +17,7 @@ from test_site import watched
 
 from tinylm.fables import fables
 from tinylm.generate import next_token_probs, start_ids
-from tinylm.model import attention_weights, causal_mask
+from tinylm.model import causal_mask, scaled_dot_product_attention
 from tinylm.train import load_run
 from tinylm.widgets import Widget
 
@@ -62,7 +62,8 @@ def test_the_model_in_the_page_is_pytorchs(page, trained):
         x = model.token_embeddings(torch.tensor([ids]))
         for number, layer in enumerate(model.layers):
             q, k, _ = layer.attn.project(layer.ln1(x))
-            ours = attention_weights(q, k, causal_mask(len(ids)))[0]
+            each = torch.eye(len(ids)).expand(*k.shape[:2], -1, -1)  # as values, they show the weights
+            ours = scaled_dot_product_attention(q, k, each, causal_mask(len(ids)))[0]
             torch.testing.assert_close(attention[:, number].transpose(0, 1), ours, atol=1e-5, rtol=1e-4)
             x = layer(x)
             torch.testing.assert_close(stream[:, number], x[0], atol=1e-4, rtol=1e-4)
@@ -121,10 +122,10 @@ def stored() -> list[tuple[str, str]]:
 def test_stored_widgets_have_the_scripts_of_today_and_a_picture():
     assert {"index", "07_generate"} <= {chapter for chapter, _ in stored()}
     [meter] = [html for chapter, html in stored() if chapter == "index"]
-    assert meter in (ROOT / "nbs/_live.md").read_text(encoding="utf-8"), "python tests/shrink.py nbs/index.ipynb"
+    assert meter in (ROOT / "nbs/_live.md").read_text(encoding="utf-8"), "python tests/shrink.py --scripts nbs/*.ipynb"
     size: dict[str, int] = {}
     for chapter, html in stored():
-        assert renewed(html) == html, f"{chapter}: python tests/shrink.py nbs/{chapter}.ipynb"
+        assert renewed(html) == html, f"{chapter}: python tests/shrink.py --scripts nbs/*.ipynb"
         picture, _, rest = html.partition("</div>\n<style>")
         assert re.search(r'<img alt="[^"]+" src="data:image/png|<svg|<table|<pre|<p', picture), chapter
         [script] = SCRIPTS.findall(rest)

@@ -26,10 +26,9 @@ def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
 
 def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, str]:
     """Compute the SHA-256 of a checkpoint's files, and of what state.json will say."""
-    found = {"state.json": hashlib.sha256(json.dumps(state, sort_keys=True).encode())}
+    said = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     names = ("model.safetensors", "optimizer.safetensors")
-    return {"state.json": found["state.json"].hexdigest(),
-            **{name: file_sha256(folder / name) for name in names}}
+    return {"state.json": said, **{name: file_sha256(folder / name) for name in names}}
 
 
 def save_checkpoint(
@@ -44,26 +43,24 @@ def save_checkpoint(
     Raises InputError when the place cannot be written or is full.
     """
     names, packed = _names(model, optimizer), optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, dict[str, Any]] = {"model": model.state_dict(), "optimizer": {}}
     numbers: dict[str, Any] = {}
     for i, entry in packed["state"].items():
-        for key, value in entry.items():
-            kind: dict[str, Any] = tensors if isinstance(value, Tensor) else numbers
-            kind[f"{names[i]}.{key}"] = value
-    files: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-    for file, content in [("model", model.state_dict()), ("optimizer", tensors)]:
+        for key, x in entry.items():
+            place = tensors["optimizer"] if isinstance(x, Tensor) else numbers
+            place[f"{names[i]}.{key}"] = x
+    for content in tensors.values():
         for name in sorted(content):  # in the same order in every process
             x = full_tensor(content[name])
-            if rank() == 0:
-                files[file][name] = x.cpu().contiguous()
+            content[name] = x.cpu().contiguous() if rank() == 0 else None
     groups = {"state": numbers, "param_groups": packed["param_groups"]}
     state = {"iteration": iteration, "optimizer": groups, "extra": extra or {}}
 
     @on_rank0
     def write() -> None:
         with atomic_write(out, "dir") as folder:
-            for file, content in files.items():
-                save_file(content, folder / f"{file}.safetensors")
+            for name, content in tensors.items():
+                save_file(content, folder / f"{name}.safetensors")
             text = json.dumps({**state, "sha256": _checksums(folder, state)}, indent=1)
             (folder / "state.json").write_text(text, encoding="utf-8")
 
@@ -88,22 +85,17 @@ def load_checkpoint(
         expected = state.pop("sha256")
         for name, found in _checksums(folder, state).items():
             if found != expected[name]:
-                what = "damaged, its SHA-256 is not the one in state.json"
-                raise InputError(f"{folder / name}: {what}")
+                raise InputError(f"{folder / name}: damaged, by its SHA-256")
         weights = load_file(folder / "model.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{folder}: damaged, cannot be read ({error})") from error
-    except (KeyError, AttributeError, TypeError) as error:
-        what = "damaged, not the JSON of a checkpoint"
-        raise InputError(f"{folder / 'state.json'}: {what}") from error
     ours = model.state_dict()
     for name in sorted({*ours, *weights}):
         here, there = (tuple(m[name].shape) if name in m else None
                        for m in (ours, weights))
         if here != there:
-            what = f"{name} is {there} there and {here} in the model"
-            raise InputError(f"{folder}: does not fit: {what}")
+            raise InputError(f"{folder}: {name} is {there}, and {here} in the model")
     with torch.no_grad():
         for name, x in ours.items():
             x.copy_(shard_like(weights[name], x))
@@ -119,8 +111,7 @@ def load_checkpoint(
         packed.setdefault(names.index(name), {})[kind] = value
     groups = state["optimizer"]["param_groups"]
     for saved, now in zip(groups, optimizer.param_groups, strict=True):
-        for key in saved.keys() & now.keys():
-            if isinstance(now[key], tuple):  # JSON has lists only
-                saved[key] = tuple(saved[key])
+        tuples = [key for key in saved if isinstance(now.get(key), tuple)]
+        saved.update({key: tuple(saved[key]) for key in tuples})  # JSON has lists only
     optimizer.load_state_dict({"state": packed, "param_groups": groups})
     return state["iteration"]

@@ -16,13 +16,12 @@ usage: tinylm VERB [OPTIONS]
 Begin with `tinylm train`, then `tinylm generate`.
 `tinylm VERB --help` shows the options of a verb; `tinylm --version` the version."""
 import contextlib
+import functools
 import io
-import math
 import os
 import re
-import secrets
 import sys
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,37 +31,35 @@ from tyro.conf import Positional
 from tinylm import __version__
 from tinylm.core import END_OF_TEXT, InputError, say
 
-# torch takes seconds to load, so whatever needs it is imported inside the verbs
+# A verb is a function, and its flags are what the function takes. torch takes seconds to load, so whatever needs it is
+# imported inside the verbs.
 
 
-def _read(kind: Any, verb: str, argv: list[str], default: Any = None, some: bool = False) -> Any:
-    """Let tyro fill a dataclass with arguments; with `some`, those that are no flags of it are left alone.
+def _read(verb: str, function: Callable, argv: list[str], some: bool = False) -> dict[str, Any]:
+    """Let tyro read the flags of a function, by name; with `some`, those that it does not know are left alone.
 
-    Raises InputError for what tyro or the dataclass refuses, and for values that no one can mean; SystemExit(0) after
-    the help."""
-    words = io.StringIO()
+    Raises InputError for what tyro or a config refuses; SystemExit after the help."""
+
+    @functools.wraps(function)
+    def flags(**values: Any) -> dict[str, Any]:
+        return values
+
+    prog, words = f"tinylm {verb}", io.StringIO()
     try:
         with contextlib.redirect_stderr(words), contextlib.redirect_stdout(words):
-            got: Any = tyro.cli(kind, args=argv, prog=f"tinylm {verb}", default=default or kind(), use_underscores=True,
-                                return_unknown_args=some, add_help=not some)  # type: ignore[call-overload]
+            got: Any = tyro.cli(flags, args=argv, prog=prog, return_unknown_args=some,  # type: ignore[call-overload]
+                                add_help=not some, use_underscores=True, config=[tyro.conf.PositionalMetavarFromFieldName])
     except SystemExit as end:
-        if isinstance(end.__context__, InputError):  # the dataclass says it better
-            raise end.__context__ from None
         if not end.code:
             print(words.getvalue().rstrip())
             raise
-        title, *parts = (" ".join(part.split()) for part in re.split("(?m)^ +-{9,} *$", words.getvalue()))
-        said = [re.sub("^Argument helptext:", "expected", part).rstrip(".") for part in parts if "full helptext" not in part]
-        if said[1:] and said[1].startswith("Perhaps you meant"):
-            said[1] = f"did you mean {' or '.join(dict.fromkeys(re.findall('--[a-z_0-9]+', said[1])))}"
-        if re.match("Unrecognized options: [^-]", said[0]):
-            said.append("text with spaces needs quotes, and a switch such as --plan takes no value")
-        raise InputError("; ".join([*said, f"see `tinylm {verb} --help`"])) from None
-    flags = got[0] if some else got
-    for name, value in vars(flags).items():
-        if isinstance(value, float) and not math.isfinite(value) or isinstance(value, int) and abs(value) >= 1 << 63:
-            raise InputError(f"--{name} is {value}; expected an ordinary number; see `tinylm {verb} --help`")
-    return flags
+        said = " ".join(re.split("(?m)^ +-{9,} *$", words.getvalue())[1].split()).rstrip(".")
+        if known := re.findall("(?m)^ {6}(--.*?) *$", words.getvalue()):
+            said += f"; expected {' or '.join(dict.fromkeys(known))}"
+        if re.match("Unrecognized options: [^-]", said):
+            said += "; text with spaces needs quotes, and a switch such as --plan takes no value"
+        raise InputError(f"{said}; see `{prog} --help`") from None
+    return got[0] if some else got
 
 
 def _newest_run(shipped: bool = False) -> Path:
@@ -76,60 +73,54 @@ def _newest_run(shipped: bool = False) -> Path:
     return max(checkpoints, key=lambda path: path.stat().st_mtime_ns).parents[2]
 
 
+_FIELDS = tyro.conf.arg(name="")  # the fields of a config are flags like any other
+
+
 # Data, tokenizer, training
 
 
-@dataclass(frozen=True)
-class _Data:
+def _data(name: Positional[str] = "fables", corpus: str | None = None, val_corpus: str | None = None,
+          data_dir: str = "data") -> None:
     """Make or fetch a corpus, then show its sizes and its first story.
 
-    Next: `tinylm tokenize --corpus NAME`, or `tinylm train --corpus NAME` at once."""
+    Next: `tinylm tokenize --corpus NAME`, or `tinylm train --corpus NAME` at once.
 
-    name: Annotated[Positional[str], tyro.conf.arg(metavar="[NAME]")] = "fables"  # fables, tinystories, owt, or a .txt[.gz] file
-    corpus: str | None = None  # the same as NAME
-    val_corpus: str | None = None  # validation text for a corpus given by path; None holds out its last documents
-    data_dir: str = "data"  # folder that keeps the corpora
+    Args:
+        name: fables, tinystories, owt, or a .txt[.gz] file
+        corpus: the same as NAME
+        val_corpus: validation text for a corpus given by path; None holds out its last documents
+        data_dir: folder that keeps the corpora"""
+    from tinylm.data import fetch_corpus, read_documents
 
-    def run(self) -> None:
-        from tinylm.data import fetch_corpus, read_documents
-
-        paths = fetch_corpus(self.corpus or self.name, folder=self.data_dir, val_corpus=self.val_corpus)
-        for split, path in paths.items():
-            print(f"{split:5}  {path.stat().st_size / 1e6:10,.1f} MB  {path}")
-        first = next(iter(read_documents(paths["train"])), "")
-        print(f"\nThe first document:\n\n{first[:1000]}{' ...' * (len(first) > 1000)}")
+    paths = fetch_corpus(corpus or name, folder=data_dir, val_corpus=val_corpus)
+    for split, path in paths.items():
+        print(f"{split:5}  {path.stat().st_size / 1e6:10,.1f} MB  {path}")
+    first = next(iter(read_documents(paths["train"])), "")
+    print(f"\nThe first document:\n\n{first[:1000]}{' ...' * (len(first) > 1000)}")
 
 
-@dataclass(frozen=True)
-class _Tokenize:
+def _tokenize(corpus: str = "fables", val_corpus: str | None = None, vocab_size: int = 1024,
+              data_dir: str = "data") -> None:
     """Train a tokenizer on a corpus and encode it, or reuse what fits; tell how well it compresses.
 
-    Next: `tinylm train` with the same flags."""
+    Next: `tinylm train` with the same flags.
 
-    corpus: str = "fables"  # fables, tinystories, owt, or the path of a .txt or .txt.gz file
-    val_corpus: str | None = None  # validation text for a corpus given by path; None holds out its last documents
-    vocab_size: int = 1024  # number of token ids: 256 bytes, merges, and <|endoftext|>
-    data_dir: str = "data"  # folder that keeps corpora, tokenizers and token files
+    Args:
+        corpus: fables, tinystories, owt, or the path of a .txt or .txt.gz file
+        val_corpus: validation text for a corpus given by path; None holds out its last documents
+        vocab_size: number of token ids: 256 bytes, merges, and <|endoftext|>
+        data_dir: folder that keeps corpora, tokenizers and token files"""
+    from tinylm.train import TrainConfig, prepare
 
-    def run(self) -> None:
-        from tinylm.train import PRESETS, prepare
-
-        tokenizer, *files = prepare(replace(PRESETS["laptop"], context_length=1, **vars(self)))
-        for file in files:
-            sample = file.tokens()[:2**20]
-            ratio = len(tokenizer.decode(sample).encode()) / len(sample)
-            print(f"{file.path}: {file.count:,} tokens, {ratio:.2f} bytes per token")
-        words = sorted((token for token in tokenizer.vocab.values() if token != END_OF_TEXT.encode()), key=len)
-        print("longest tokens:", ", ".join(repr(token.decode("utf-8", "replace")) for token in words[:-9:-1]))
-        print(f"{tokenizer.vocab_size:,} token ids; fingerprint {tokenizer.fingerprint[:12]}")
-
-
-@dataclass(frozen=True)
-class _Base:
-    """What decides the defaults of the other flags."""
-
-    preset: str = ""
-    resume: str = ""
+    tokenizer, *files = prepare(TrainConfig(corpus=corpus, val_corpus=val_corpus, vocab_size=vocab_size,
+                                            data_dir=data_dir, context_length=1))
+    for file in files:
+        sample = file.tokens()[:2**20]
+        ratio = len(tokenizer.decode(sample).encode()) / len(sample)
+        print(f"{file.path}: {file.count:,} tokens, {ratio:.2f} bytes per token")
+    words = sorted((token for token in tokenizer.vocab.values() if token != END_OF_TEXT.encode()), key=len)
+    print("longest tokens:", ", ".join(repr(token.decode("utf-8", "replace")) for token in words[:-9:-1]))
+    print(f"{tokenizer.vocab_size:,} token ids; fingerprint {tokenizer.fingerprint[:12]}")
 
 
 def _tell(model: Any, tokenizer: Any, step: int) -> str:
@@ -141,129 +132,134 @@ def _tell(model: Any, tokenizer: Any, step: int) -> str:
     return next((story.strip() for story in stories if story.strip()), "")
 
 
-def _train_flags(argv: list[str]) -> tuple[Any, bool]:
-    """Read the flags of `train`: the config that they make, and whether only a forecast is wanted."""
-    from tinylm.train import PRESETS, TrainConfig, read_config
+def _defaults(verb: str, argv: list[str], usual: Any) -> Any:
+    """Find the config whose fields are the defaults of the flags: that of a run, of a preset, or the usual one."""
+    from tinylm.train import PRESETS, read_config
 
-    @dataclass(frozen=True)
-    class Train(TrainConfig):
+    def chosen(preset: str = "", resume: str = "") -> None: ...
+
+    by = _read(verb, chosen, argv, some=True)
+    return read_config(Path(by["resume"])) if by["resume"] else PRESETS.get(by["preset"], usual)
+
+
+def _train(verb: str, argv: list[str]) -> Callable:
+    """Make the verb `train`, whose defaults come from a preset or a run."""
+    from tinylm import train as book
+
+    default = _defaults(verb, argv, book.PRESETS["laptop"])
+
+    def train(config: Annotated[book.TrainConfig, _FIELDS] = default, plan: bool = False) -> int:
         """Train a model, making corpus, tokenizer and token files first where they are missing.
 
         A preset gives the defaults, and each flag overrides one. With --resume RUN the run's own settings are the
         defaults. Several processes train together as
-        `torchrun --standalone --nproc_per_node 2 -m tinylm.cli train`.
+        `torchrun --standalone --nproc_per_node 2 -m tinylm.cli train`. If the loss stops being finite, the exit code
+        is 3.
 
-        Next: `tinylm generate` tells more stories, `tinylm compare` says whether the run is as it should be."""
+        Next: `tinylm generate` tells more stories, `tinylm compare` says whether the run is as it should be.
 
-        resume: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None  # go on with this run
-        plan: bool = False  # only forecast size, memory and time on this machine; train nothing
-
-    base = _read(_Base, "train", argv, some=True)
-    default = read_config(Path(base.resume)) if base.resume else PRESETS.get(base.preset, PRESETS["laptop"])
-    flags = vars(_read(Train, "train", argv, Train(**vars(default))))
-    if base.resume:
-        flags |= {"run_dir": base.resume, "resume": base.resume}
-    return TrainConfig(**{field.name: flags[field.name] for field in fields(TrainConfig)}), flags["plan"]
-
-
-def _train(verb: str, argv: list[str]) -> int:
-    """Run `train`; exit code 3 says that the loss stopped being finite."""
-    config, plan = _train_flags(argv)
-    from tinylm import train as book
-    from tinylm.model import num_parameters
-
-    if plan:
-        print(book.forecast(config))
+        Args:
+            plan: only forecast size, memory and time on this machine; train nothing"""
+        if plan:
+            print(book.forecast(config))
+            return 0
+        size = f"{book.num_parameters(config):,} parameters on {config.corpus}"
+        print(f"training {size} for {config.last_step:,} steps", flush=True)
+        try:
+            run = book.train(config, on_eval=_tell)
+        except book.Diverged as err:
+            say(f"tinylm: {err}")
+            return 3
+        print(f"The run lies in {run}. To hear more:\n\n    tinylm generate {run} --num 3\n")
         return 0
-    tokens = config.last_step * config.batch_size * config.context_length
-    size = f"{num_parameters(config):,} parameters on {config.corpus}"
-    print(f"training {size}: {config.last_step:,} steps, {tokens:,} tokens", flush=True)
-    try:
-        run = book.train(config, on_eval=_tell)
-    except book.Diverged as err:
-        say(f"tinylm: {err}")
-        return 3
-    print(f"The run lies in {run}. To hear more:\n\n    tinylm generate {run} --num 3\n")
-    return 0
+
+    return train
 
 
-def _sweep(verb: str, argv: list[str]) -> int:
-    """Run `search` or `ablate`; exit code 1 says that a run left no record."""
-    from tinylm.ablations import SWEEPS, SweepConfig, run_sweep
-    from tinylm.train import PRESETS
+def _sweep(verb: str, argv: list[str]) -> Callable:
+    """Make the verb `search` or `ablate`: the same but for what is varied without flags."""
+    from tinylm.ablations import BASE, ROWS, load_plans, run_sweep
+    from tinylm.train import TrainConfig
 
-    base = _read(_Base, verb, argv, some=True)
-    default = replace(SWEEPS[verb], **vars(PRESETS.get(base.preset, SWEEPS[verb])))
-    flags = _read(SweepConfig, verb, argv, default)
-    changed = {name for name, _ in vars(flags).items() - vars(default).items()}
-    changed -= {"plan", "corpus", "val_corpus", "data_dir", "device", "jobs", "out"}
-    if flags.plan is not None and changed:
-        raise InputError(f"--{min(changed)} cannot change a plan; edit {flags.plan} instead")
-    if flags.jobs is not None and flags.jobs < 1:
-        raise InputError(f"--jobs is {flags.jobs}; expected at least 1")
-    return run_sweep(verb, flags)
+    default, search = _defaults(verb, argv, BASE), verb == "search"
+
+    def sweep(config: Annotated[TrainConfig, _FIELDS] = default, lrs: str = "0.001,0.003,0.01,0.03,0.1" * search,
+              seeds: str = "0" if search else "1,2,3", variants: str = "baseline" if search else ",".join(ROWS),
+              plan: str | None = None, jobs: int | None = None, out: str = "runs/ablations") -> int:
+        """Train variants of a model at several learning rates and seeds; print tables of what was found.
+
+        What has a record is not run again, so the same command goes on with what was stopped. If a run left no
+        record, the exit code is 1.
+
+        Args:
+            lrs: learning rates to search, separated by commas; none: --lr
+            seeds: seeds, separated by commas
+            variants: names, or fields like num_heads=2, separated by commas
+            plan: a JSON file of plans instead of the three; other flags change all of its plans
+            jobs: runs at a time; None means one for each core
+            out: folder for the records"""
+        if jobs is not None and jobs < 1 or config.seed or config.run_dir:
+            raise InputError("--jobs is at least 1; instead of --seed and --run_dir a sweep has --seeds and --out")
+        texts = {"lrs": lrs, "variants": variants, "search_seeds" if search else "seeds": seeds}
+        lists = {name: list(filter(None, text.split(","))) for name, text in texts.items()}
+        changed = {name: value for name, value in vars(config).items() if not plan or value != getattr(default, name)}
+        return run_sweep(load_plans(plan or {verb: lists}, **changed), out, jobs)
+
+    return sweep
 
 
 # With a run
 
 
-@dataclass(frozen=True)
-class _Generate:
+def _generate(run: Positional[str] = "", prompt: Positional[str] = "", temperature: float = 0.8, top_k: int | None = None,
+              top_p: float | None = 0.9, max_new_tokens: int = 256, num: int = 1, seed: int | None = None,
+              device: str = "auto", interactive: Annotated[bool, tyro.conf.arg(aliases=["-i"])] = False) -> None:
     """Tell stories with a trained model, written as they come.
 
     RUN is the folder of a run, or `tinylm` for the small model that the package ships; without it, the newest run under
     runs/ is taken, or the shipped model if there is none. PROMPT is how the story begins; without it, the model begins
-    by itself. A prompt with spaces needs quotes."""
+    by itself. A prompt with spaces needs quotes.
 
-    run_dir: Annotated[Positional[str], tyro.conf.arg(metavar="[RUN]")] = ""  # a run; what is none is the prompt
-    prompt: Annotated[Positional[str], tyro.conf.arg(metavar="[PROMPT]")] = ""  # the story's beginning
-    temperature: float = 0.8  # 0 = always the likeliest token, 1 = as the model says, higher = wilder
-    top_k: int | None = None  # draw among the k likeliest tokens
-    top_p: float | None = 0.9  # draw among the likeliest tokens that hold this much probability
-    max_new_tokens: int = 256  # longest story, in tokens
-    num: int = 1  # how many stories
-    seed: int | None = None  # same seed, same story; None takes a new one and says which
-    device: str = "auto"  # cpu, cuda, mps, or auto for the best one there is
-    interactive: Annotated[bool, tyro.conf.arg(aliases=["-i"])] = False  # ask for one prompt after the other
+    Args:
+        run: a run; what is none is the prompt
+        prompt: the story's beginning
+        temperature: 0 = always the likeliest token, 1 = as the model says, higher = wilder
+        top_k: draw among the k likeliest tokens
+        top_p: draw among the likeliest tokens that hold this much probability
+        max_new_tokens: longest story, in tokens
+        num: how many stories
+        seed: same seed, same story; None takes a new one and says which
+        device: cpu, cuda, mps, or auto for the best one there is
+        interactive: ask for one prompt after the other"""
+    if sys.stdout is None or interactive and sys.stdin is None:
+        raise InputError("standard input or output is closed; stories need a place to go, and -i one to come from")
+    is_run = run == "tinylm" or os.path.isfile(os.path.join(run, "config.json"))
+    if prompt and not is_run:
+        raise InputError(f"no run at {run}; expected a folder that `tinylm train` made, then the prompt")
+    folder, prompt = (Path(run), prompt) if is_run else (_newest_run(shipped=True), run)
+    from tinylm.generate import start_ids, stream, stream_text
+    from tinylm.train import load_run
 
-    def run(self) -> None:
-        if self.num < 1:
-            raise InputError(f"--num is {self.num}; expected at least 1")
-        if sys.stdout is None or self.interactive and sys.stdin is None:
-            raise InputError("standard input or output is closed; stories need a place to go, and -i one to come from")
-        is_run = self.run_dir == "tinylm" or os.path.isfile(os.path.join(self.run_dir, "config.json"))
-        if self.prompt and not is_run:
-            raise InputError(f"no run at {self.run_dir}; expected a folder that `tinylm train` made, then the prompt")
-        run, prompt = (Path(self.run_dir), self.prompt) if is_run else (_newest_run(shipped=True), self.run_dir)
-        from tinylm.train import load_run
-
-        model, tokenizer, _ = load_run(run, self.device)
-        seed = secrets.randbelow(100_000) if self.seed is None else self.seed
-        say(f"{run}, seed {seed}")
-        if not self.interactive:
-            self.tell(model, tokenizer, prompt, seed)
-            return
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (gives input() line editing and a history)
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 become U+FFFD
-        say("Begin a story; an empty line lets the model begin; Ctrl-D ends.")
-        with contextlib.suppress(EOFError):
-            while True:
-                self.tell(model, tokenizer, prompt or input("> "), seed)
-                prompt, seed = "", seed + self.num
-
-    def tell(self, model: Any, tokenizer: Any, prompt: str, seed: int) -> None:
-        """Write the stories to standard output as they come; story r is that of seed + r."""
-        from tinylm.generate import start_ids, stream, stream_text
-
-        for r in range(self.num):
-            ids = stream(model, start_ids(tokenizer, prompt), self.max_new_tokens, temperature=self.temperature,
-                         top_k=self.top_k, top_p=self.top_p, stop_id=tokenizer.special_tokens.get(END_OF_TEXT), seed=seed + r)
-            print("\n" * (r > 0) + prompt, end="", flush=True)
-            for piece in stream_text(tokenizer, ids):
-                print(piece, end="", flush=True)
-            print(flush=True)
+    model, tokenizer, _ = load_run(folder, device)
+    seed = int.from_bytes(os.urandom(2)) if seed is None else seed
+    say(f"{folder}, seed {seed}" + ". Begin a story; an empty line lets the model begin; Ctrl-D ends." * interactive)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() line editing and a history)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 become U+FFFD
+    with contextlib.suppress(EOFError):
+        while True:
+            prompt = prompt or (input("> ") if interactive else "")
+            for r in range(num):
+                ids = stream(model, start_ids(tokenizer, prompt), max_new_tokens, temperature=temperature, top_k=top_k,
+                             top_p=top_p, stop_id=tokenizer.special_tokens.get(END_OF_TEXT), seed=seed + r)
+                print("\n" * (r > 0) + prompt, end="", flush=True)
+                for piece in stream_text(tokenizer, ids):
+                    print(piece, end="", flush=True)
+                print(flush=True)
+            if not interactive:
+                return
+            prompt, seed = "", seed + num
 
 
 READ = {  # format -> (default name, how to read it)
@@ -275,95 +271,84 @@ READ = {  # format -> (default name, how to read it)
 }
 
 
-@dataclass(frozen=True)
-class _Export:
+def _export(run: Positional[str] = "", format: Literal["hf", "tiktoken", "llama2c", "gguf", "onnx"] = "hf",
+            out: str | None = None) -> None:
     """Write a trained model in the format of another tool, and say how to read it there.
 
-    RUN is the folder of a run; without it, the newest one under runs/ is taken."""
+    Args:
+        run: folder of a run; without it, the newest one under runs/ is taken
+        format: hf is a Hugging Face folder
+        out: the file or folder to make; None puts it into RUN/export/"""
+    folder = Path(run or _newest_run())
+    from tinylm import export
+    from tinylm.train import load_run
 
-    run_dir: Annotated[Positional[str], tyro.conf.arg(metavar="[RUN]")] = ""  # folder of a run
-    format: Literal["hf", "tiktoken", "llama2c", "gguf", "onnx"] = "hf"  # hf is a Hugging Face folder
-    out: str | None = None  # the file or folder to make; None puts it into RUN/export/
-
-    def run(self) -> None:
-        run = Path(self.run_dir or _newest_run())
-        from tinylm import export
-        from tinylm.train import load_run
-
-        name, how = READ[self.format]
-        out = Path(self.out or run / "export" / name)
-        getattr(export, f"to_{self.format}")(load_run(run)[1] if self.format == "tiktoken" else run, out)
-        print(f"{out}\n\nTo read it:\n\n    {how.format(out=out)}\n")
+    name, how = READ[format]
+    path = Path(out or folder / "export" / name)
+    getattr(export, f"to_{format}")(load_run(folder)[1] if format == "tiktoken" else folder, path)
+    print(f"{path}\n\nTo read it:\n\n    {how.format(out=path)}\n")
 
 
-@dataclass(frozen=True)
-class _Compare:
+def _compare(run: Positional[str] = "") -> int:
     """Hold a run of a standard preset against the reference runs: is it right? If not, the exit code is 1.
 
-    RUN is the folder of a run, finished or not, or a record; without it, the newest run under runs/ is taken."""
+    Args:
+        run: the folder of a run, finished or not, or a record; without it, the newest run under runs/ is taken"""
+    from tinylm.ablations import compare_run
 
-    run_dir: Annotated[Positional[str], tyro.conf.arg(metavar="[RUN]")] = ""  # folder of a run, or a record
-
-    def run(self) -> int:
-        from tinylm.ablations import compare_run
-
-        right, text = compare_run(self.run_dir or _newest_run())
-        print(text)
-        return int(not right)
+    right, text = compare_run(run or _newest_run())
+    print(text)
+    return int(not right)
 
 
-@dataclass(frozen=True)
-class _Check:
+def _check(parts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME[=FILE.py[:OBJECT]]|FOLDER")] = (),
+           train: bool = False, time_limit: float = 30.0, seed: int = 0, report: str | None = None) -> int:
     """Compare your own part with the book's and hear the first thing that differs; then the exit code is 1.
 
     `tinylm check RMSNorm > my.py` writes a stub to fill in, and `tinylm check RMSNorm=my.py` checks it;
     `RMSNorm=my.py:MyNorm` if it has another name there. In a folder that `tinylm start` made, `tinylm check` alone
-    prints the score; a teacher marks a class with `tinylm check FOLDER FOLDER ...`."""
+    prints the score; a teacher marks a class with `tinylm check FOLDER FOLDER ...`.
 
-    parts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME[=FILE.py[:OBJECT]]|FOLDER")] = ()  # NAME for a stub, NAME=FILE.py, or a folder
-    train: bool = False  # if they pass, also train a small model with your parts, and one with the book's
-    time_limit: float = 30.0  # seconds that one case, or one training step, may take
-    seed: int = 0  # of the numbers in the cases: others for a class than for practice
-    report: str | None = None  # of folders: also write the points of each case to FILE.xml (JUnit) or FILE.json
+    Args:
+        parts: NAME for a stub, NAME=FILE.py, or a folder
+        train: if they pass, also train a small model with your parts, and one with the book's
+        time_limit: seconds that one case, or one training step, may take
+        seed: of the numbers in the cases; others for a class than for practice
+        report: of folders; also write the points of each case to FILE.xml (JUnit) or FILE.json"""
+    from tinylm.check import check_file, stub
+    from tinylm.course import PLACES, mark_class
 
-    def run(self) -> int:
-        from tinylm.check import check_file, stub
-        from tinylm.course import PLACES, mark_class
-
-        if self.time_limit <= 0:
-            raise InputError(f"--time_limit is {self.time_limit}; expected more than 0 seconds")
-        here = not self.parts and any(map(os.path.isfile, PLACES.values()))
-        if here or self.parts and all(map(os.path.isdir, self.parts)):
-            return int(not mark_class(self.parts or ["."], self.time_limit, self.seed, self.report))
-        if not self.parts:
-            raise InputError("which part? NAME=FILE.py, or NAME alone for a stub; `tinylm start FOLDER` begins a course; "
-                             f"there are {', '.join(PLACES)}")
-        if stubs := [part for part in self.parts if "=" not in part]:
-            print(stub(*stubs), end="")
-        files: dict[str, list[str]] = {}
-        for part in self.parts:
-            if found := re.fullmatch(r"(.*?)=(.*?)(:\w+)?", part):
-                files.setdefault(found[2], []).append(found[1] + (found[3] or ""))
-        return min(1, sum(check_file(path, names, self.time_limit, self.seed, self.train) for path, names in files.items()))
+    if not time_limit > 0:
+        raise InputError(f"--time_limit is {time_limit}; expected more than 0 seconds")
+    folders = parts or ["."] * any(map(os.path.isfile, PLACES.values()))
+    if folders and all(map(os.path.isdir, folders)):
+        return int(not mark_class(folders, time_limit, seed, report))
+    if not parts:
+        raise InputError("which part? NAME=FILE.py, or NAME alone for a stub; `tinylm start FOLDER` begins a course; "
+                         f"there are {', '.join(PLACES)}")
+    if stubs := [part for part in parts if "=" not in part]:
+        print(stub(*stubs), end="")
+    files: dict[str, list[str]] = {}
+    for name, path, thing in re.findall(r"(?m)^(.*?)=(.*?)(:\w+)?$", "\n".join(parts)):
+        files.setdefault(path, []).append(name + thing)
+    return min(1, sum(check_file(path, names, time_limit, seed, train) for path, names in files.items()))
 
 
-@dataclass(frozen=True)
-class _Start:
+def _start(folder: Positional[str] = "my-lm") -> None:
     """Begin a course: make a folder with a file for every part of a language model, to write yourself.
 
-    Next: read its README.md, fill in the first file, and run `tinylm check` in the folder."""
+    Next: read its README.md, fill in the first file, and run `tinylm check` in the folder.
 
-    folder: Annotated[Positional[str], tyro.conf.arg(metavar="FOLDER")] = "my-lm"  # the folder to make
+    Args:
+        folder: the folder to make"""
+    from tinylm.course import start
 
-    def run(self) -> None:
-        from tinylm.course import start
-
-        print(f"{start(self.folder)} is ready. To see the score:\n\n    cd {self.folder}\n    tinylm check\n")
+    print(f"{start(folder)} is ready. To see the score:\n\n    cd {folder}\n    tinylm check\n")
 
 
-VERBS: dict[str, Any] = {  # a dataclass of flags that runs, or a function of the verb and its arguments
-    "data": _Data, "tokenize": _Tokenize, "train": _train, "generate": _Generate, "search": _sweep, "ablate": _sweep,
-    "compare": _Compare, "export": _Export, "check": _Check, "start": _Start,
+VERBS: dict[str, Callable] = {  # a function of flags, or what makes one from the verb and its arguments
+    "data": _data, "tokenize": _tokenize, "train": _train, "generate": _generate, "search": _sweep, "ablate": _sweep,
+    "compare": _compare, "export": _export, "check": _check, "start": _start,
 }
 
 
@@ -371,32 +356,27 @@ def _dispatch(argv: list[str]) -> int:
     """Do what the arguments say; a verb that returns nothing has ended well."""
     verb, *rest = argv or ["--help"]
     rest = ["=".join(map(os.path.expanduser, word.split("=", 1))) for word in rest]  # the shell leaves ~ after =
-    if verb in VERBS:
-        kind = VERBS[verb]
-        return (_read(kind, verb, rest).run() if isinstance(kind, type) else kind(verb, rest)) or 0
-    if verb == "--version":
-        print(f"tinylm {__version__}")
-    elif verb in ("-h", "--help", "help"):
-        print(f"tinylm {__version__}: a language model from scratch\n{(__doc__ or '').partition(chr(10))[2]}")
-    else:
+    if verb in ("-h", "--help", "help", "--version"):
+        about = "" if verb == "--version" else f": a language model from scratch\n{(__doc__ or '').partition(chr(10))[2]}"
+        print(f"tinylm {__version__}{about}")
+        return 0
+    if verb not in VERBS:
         raise InputError(f"unknown verb {verb!r}; there are {', '.join(VERBS)}; see `tinylm --help`")
-    return 0
+    function = VERBS[verb](verb, rest) if VERBS[verb] in (_train, _sweep) else VERBS[verb]
+    return function(**_read(verb, function, rest)) or 0
 
 
-def main(
-    argv: list[str] | None = None,  # the arguments; None takes those of the process
-) -> int:  # exit code: 0 well, 1 a run that differs, 2 a mistake to mend, 3 diverged, 130, 141, 143 a signal
-    """Run the `tinylm` command; each failure that is expected becomes a line and an exit code."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the `tinylm` command with these arguments, or with those of the process; returns the exit code.
+
+    0 is well, 1 a run that differs, 2 a mistake to mend, 3 diverged, 130, 141 and 143 a signal. Each failure that is
+    expected becomes a line and a code. Raises SystemExit(0) after the help of a verb."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the letter shows a question mark
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         code = _dispatch(sys.argv[1:] if argv is None else argv)
         print(end="", flush=True)  # a closed pipe shows here, not when Python ends
         return code
-    except SystemExit as end:  # tyro has shown the help
-        return int(end.code or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds a place
         return 141

@@ -18,26 +18,19 @@ from typing import NamedTuple
 from .core import InputError
 
 # %% ../nbs/appendix_fables.ipynb #12bf7ec9
-_RULE = re.compile(r"(\w+)(?: \((.+)\))?:(.*)")  # name (attributes of all): options
-_OPTION = re.compile(r"(?:(\d+) )?([^|]+?)((?: \| .+)?)")  # weight words | key=value
-
-
-def _read_rules(
-    text: str,  # a grammar in our notation
-) -> dict[str, list[tuple[int, str, dict]]]:  # rule -> weight, words, notes of each
-    """Read the notation, without looking inside the options."""
+def _read_rules(text: str) -> dict[str, list[tuple[int, str, dict]]]:
+    """Read the notation: for each rule the weight, words and notes of its options."""
     rules: dict[str, list] = {}
     for line in text.replace("\n    ", " ").split("\n"):
         items = [line]
-        if start := _RULE.fullmatch(line):
+        # a rule: its name (attributes of all): options
+        if start := re.fullmatch(r"(\w+)(?: \((.+)\))?:(.*)", line):
             name, shared, inline = start.groups(default="")
             items, rules[name] = inline.split(","), []
         for item in filter(None, map(str.strip, items)):
-            option = _OPTION.fullmatch(item)
-            assert option, f"no option: {item}"
-            weight, words, own = option.groups()
-            pairs = [pair for pair in shared.split(", ") + own.split(" | ") if pair]
-            notes = dict(pair.split("=", 1) for pair in pairs)
+            option, *own = item.split(" | ")
+            notes = dict(x.split("=") for x in [*shared.split(", "), *own] if x)
+            [(weight, words)] = re.findall(r"(?:(\d+) )?(.+)", option)
             rules[name].append((int(weight or 1), words, notes))
     return rules
 
@@ -48,35 +41,29 @@ class _Step(NamedTuple):
     kind: str  # "say", "recall", "choose" or "tell"
     what: str  # words to say, a name to recall, a rule to choose from or to tell
     name: str = ""  # of a choice: the name under which it is remembered
-    words: tuple[tuple[str, dict[str, str]], ...] = ()  # of a choice: words and notes
-
-
-_MARK = re.compile(r"<(?:(\w+):)?(\w+)>|\{([\w.]+)\}")  # <name:rule>, <rule> or {name}
-_SHORT = {"he": "hero.he", "him": "hero.him", "his": "hero.his"}
-_SHORT |= {"He": "Hero.he", "His": "Hero.his"}
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    words: tuple = ()  # of a choice: its options
 
 
 def _steps(option: str, rules: dict) -> tuple[_Step, ...]:
     """Cut an option at its marks."""
+    option = re.sub(r"\{([Hh])(e|im|is)\}", r"{\1ero.h\2}", option)  # {he}, {His}
     steps, at = [], 0
-    for mark in _MARK.finditer(option):
+    # <name:rule>, <rule> or {name}
+    for mark in re.finditer(r"<(?:(\w+):)?(\w+)>|\{([\w.]+)\}", option):
         steps.append(_Step("say", option[at : mark.start()]))
         at = mark.end()
         variable, rule, recalled = mark.groups()
         if recalled:
-            steps.append(_Step("recall", _SHORT.get(recalled, recalled)))
+            steps.append(_Step("recall", recalled))
         elif not variable:
             steps.append(_Step("tell", rule))
         else:
             name, words = variable.lower(), []
             for _, word, own in rules[rule]:
                 notes = {name: word} | {f"{name}.{k}": v for k, v in own.items()}
-                notes |= {_capital(k): _capital(v) for k, v in notes.items()}
-                words.append((word if variable == name else _capital(word), notes))
+                notes |= {k[0].upper() + k[1:]: v[:1].upper() + v[1:]
+                          for k, v in notes.items()}
+                words.append((notes[variable], notes, ()))
             steps.append(_Step("choose", rule, name, tuple(words)))
     return tuple(s for s in [*steps, _Step("say", option[at:])] if s.what)
 
@@ -86,7 +73,7 @@ class _Rule(NamedTuple):
 
     cumulative: list[float]  # running sums of the options' probabilities; the last is 1
     nats: list[float]  # -ln(probability) of each option
-    options: list[tuple[_Step, ...]]  # the steps that tell each option
+    options: tuple  # of each option: a word, notes, the steps that tell it
 
 
 Grammar = dict[str, _Rule]  # the name of a rule -> the rule
@@ -99,12 +86,12 @@ def compile_grammar(
     """Turn the notation into a grammar; ¶ begins a paragraph."""
     rules, grammar = _read_rules(text), {}
     for name, options in rules.items():
-        weights = [weight for weight, _, _ in options]
-        total = sum(weights)
+        weights, texts, _ = zip(*options, strict=True)
         grammar[name] = _Rule(
-            [part / total for part in accumulate(weights)],
-            [log(total / weight) for weight in weights],
-            [_steps(re.sub(r"\s*¶\s*", "\n\n", text), rules) for _, text, _ in options])
+            [part / sum(weights) for part in accumulate(weights)],
+            [log(sum(weights) / weight) for weight in weights],
+            tuple(("", {}, _steps(re.sub(r"\s*¶\s*", "\n\n", text), rules))
+                  for text in texts))
     return grammar
 
 
@@ -126,12 +113,10 @@ def tell(
             rule = grammar[what]
             pick = bisect(rule.cumulative, random())
             nats += rule.nats[pick]
-            if kind == "tell":
-                todo += reversed(rule.options[pick])
-            else:
-                word, notes = words[pick]
-                said.append(word)
-                memory.update(notes)
+            word, notes, steps = (words or rule.options)[pick]
+            said.append(word)
+            memory |= notes
+            todo += reversed(steps)
     return "".join(said), -nats
 
 # %% ../nbs/appendix_fables.ipynb #c993c68d
@@ -141,7 +126,7 @@ def entropy(
 ) -> float:  # nats
     """Compute the exact entropy of what a rule tells."""
     total = 0.0
-    for nats, steps in zip(*grammar[rule][1:], strict=True):
+    for nats, (_, _, steps) in zip(*grammar[rule][1:], strict=True):
         rules = [step.what for step in steps if step.kind in ("choose", "tell")]
         total += exp(-nats) * (nats + sum(entropy(grammar, name) for name in rules))
     return total
@@ -169,13 +154,10 @@ def parse(
                 yield list(made)
             continue
         (kind, what, name, words), rest = todo[0], todo[1:]
-        costs = grammar[what].nats if kind in ("choose", "tell") else [0.0]
-        if kind == "tell":
-            moves: list = [("", {}, steps) for steps in grammar[what].options]
-        elif kind == "choose":
-            moves = [(*word, ()) for word in words]
-        else:
-            moves = [(memory[what] if kind == "recall" else what, {}, ())]
+        costs = [0.0]
+        moves: tuple = ((memory[what] if kind == "recall" else what, {}, ()),)
+        if kind in ("choose", "tell"):
+            costs, moves = grammar[what].nats, words or grammar[what].options
         for nats, (word, notes, more) in zip(costs, moves, strict=True):
             if story.startswith(word, at):
                 choice = Choice(at, at + len(word), name or what, nats)
@@ -186,21 +168,19 @@ def parse(
 def fables(
     num_stories: int,  # how many stories
     seed: int,  # the same seed gives the same stories everywhere
-    grammar: Grammar = FABLES,  # or one of your own
 ) -> Iterator[str]:  # stories, without END_OF_TEXT
     """Tell stories one after the other; a longer stream begins with the shorter one."""
     random = Random(seed).random
     for _ in range(num_stories):
-        yield tell(grammar, random)[0]
+        yield tell(FABLES, random)[0]
 
 # %% ../nbs/appendix_fables.ipynb #89b841f5
 def fable_logprob(
     story: str,  # one story, without END_OF_TEXT
-    grammar: Grammar = FABLES,  # the grammar that told it
 ) -> float:  # the natural logarithm of its probability
-    """Give the exact log-probability of a story.
+    """Give the exact log-probability of a fable.
 
     Raises `InputError` if the grammar cannot tell it."""
-    for choices in parse(story, grammar):
+    for choices in parse(story):
         return -sum((choice.nats for choice in choices), 0.0)
     raise InputError(f"{story[:40]!r}...: not a Fables story; tinylm.fables tells them")

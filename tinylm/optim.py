@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .core import fast
 from .kernels import adamw_step
@@ -23,12 +22,8 @@ def cross_entropy(
     logits: Tensor,  # scores before softmax, shape (..., V), any real numbers
     targets: Tensor,  # ids of the tokens that came, shape (...), integers in [0, V)
 ) -> Tensor:  # mean over all positions of -log p(target), a scalar in nats
-    """Average the surprise at the targets.
-
-    Raises ValueError when the shapes do not belong together."""
-    if logits.shape[:-1] != targets.shape:
-        shapes = f"{tuple(logits.shape)} and {tuple(targets.shape)}"
-        raise ValueError(f"logits and targets of shapes {shapes} do not fit")
+    """Average the surprise at the targets."""
+    assert logits.shape[:-1] == targets.shape, (logits.shape, targets.shape)
     if fast(logits):  # the last section of the chapter
         return _CrossEntropyByHand.apply(logits, targets)
     m = logits.detach().amax(-1, keepdim=True)
@@ -59,8 +54,6 @@ def clip_grad_norm(
 ) -> Tensor:  # L2 norm of all gradients together before clipping, a scalar
     """Scale all gradients down together if their joint length exceeds a limit."""
     grads = [p.grad for p in params if p.grad is not None]
-    if not grads:
-        return torch.tensor(0.0)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     torch._foreach_mul_(grads, (max_l2_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
@@ -72,9 +65,8 @@ class _CrossEntropyByHand(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
         z, y = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1)
-        p = torch.empty_like(z) if ctx.needs_input_grad[0] else None
-        at_least_32_bits = torch.promote_types(z.dtype, torch.float32)
-        losses = torch.empty(y.shape, dtype=at_least_32_bits, device=z.device)
+        p = z.new_empty(logits.shape) if ctx.needs_input_grad[0] else None
+        losses = z.new_empty(y.shape, dtype=torch.promote_types(z.dtype, torch.float32))
         rows = max(1, (2**17 if z.device.type == "cpu" else 2**26) // z.shape[1])
         block = losses.new_empty(min(rows, len(z)), z.shape[1])
         for i in range(0, len(z), rows):
@@ -84,23 +76,20 @@ class _CrossEntropyByHand(torch.autograd.Function):
             total = e.sub_(m).exp_().sum(1, keepdim=True)
             losses[here] = total.log() + m - right
             if p is not None:
-                p[here] = e.div_(total)
-        ctx.shape = logits.shape
+                p.view_as(z)[here] = e.div_(total)
         ctx.save_for_backward(p, y)
         return losses.mean()
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx, delta: Tensor) -> tuple[Tensor, None]:
         p, y = ctx.saved_tensors
-        p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype))
-        return p.mul_(delta / len(p)).view(ctx.shape), None
+        p.view(len(y), -1).scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype))
+        return p.mul_(delta / len(y)), None
 
 # %% ../nbs/04_optim.ipynb #9d6b5578
 class AdamW(torch.optim.Optimizer):
-    """Update parameters by Adam with decoupled weight decay (arXiv:1711.05101).
-
-    Raises ValueError for a negative rate, eps or decay, or a beta outside [0, 1)."""
+    """Update parameters by Adam with decoupled weight decay (arXiv:1711.05101)."""
 
     def __init__(
         self,
@@ -111,8 +100,7 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,  # share of a weight, times lr, taken off each step
     ):
         settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        if not (min(lr, eps, weight_decay) >= 0 and all(0 <= b < 1 for b in betas)):
-            raise ValueError(f"AdamW cannot use {settings}")
+        assert min(lr, eps, weight_decay, *betas) >= 0 and max(betas) < 1, settings
         super().__init__(params, settings)
 
     @torch.no_grad()

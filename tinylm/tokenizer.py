@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +21,12 @@ import regex
 from tqdm import tqdm
 
 from .core import END_OF_TEXT, InputError, atomic_write, cores
-from .core import file_sha256, open_text, read_json
+from .core import file_sha256, open_text, read_json, say
 from .kernels import Decoder, Encoder, count_pretokens, merge_pairs
 
 # %% auto #0
-__all__ = ['Pair', 'PRETOKEN_PATTERN', 'count_pairs', 'merge_word', 'make_vocab', 'train_bpe_naive', 'train_bpe', 'ByteLevelBPE',
-           'byte_chars', 'Tokenizer', 'TokenFile']
+__all__ = ['Pair', 'PRETOKEN_PATTERN', 'count_pairs', 'merge_word', 'train_bpe_naive', 'train_bpe', 'Tokenizer', 'byte_chars',
+           'TokenFile']
 
 # %% ../nbs/00_tokenizer.ipynb #a4ec551a
 Pair = tuple[bytes, bytes]  # two neighboring tokens
@@ -46,8 +45,7 @@ def count_pairs(words: dict[tuple[bytes, ...], int]) -> Counter[Pair]:
 # %% ../nbs/00_tokenizer.ipynb #a292cc5a
 def merge_word(word: tuple[bytes, ...], pair: Pair) -> tuple[bytes, ...]:
     """Join each occurrence of the pair, from left to right."""
-    out: list[bytes] = []
-    i = 0
+    out, i = list[bytes](), 0
     while i < len(word):
         step = 2 if word[i : i + 2] == pair else 1
         out.append(b"".join(word[i : i + step]))
@@ -55,9 +53,8 @@ def merge_word(word: tuple[bytes, ...], pair: Pair) -> tuple[bytes, ...]:
     return tuple(out)
 
 # %% ../nbs/00_tokenizer.ipynb #42eada4d
-PRETOKEN_PATTERN = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
+PRETOKEN_PATTERN = (r"'s|'t|'re|'ve|'m|'ll|'d"
+                    r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 _find_pretokens = regex.compile(PRETOKEN_PATTERN).findall
 
 # %% ../nbs/00_tokenizer.ipynb #e5ce3280
@@ -66,10 +63,6 @@ def _split_special(text: str, special_tokens: Iterable[str]) -> list[str]:
     names = "|".join(map(regex.escape, sorted(special_tokens, key=len, reverse=True)))
     return regex.split(f"({names})", text) if names else [text]
 
-def make_vocab(merges: list[Pair], special: Iterable[str] = ()) -> dict[int, bytes]:
-    """Number the tokens: 256 bytes, the merges in order, the special tokens."""
-    tokens = [bytes([byte]) for byte in range(256)] + [a + b for a, b in merges]
-    return dict(enumerate(tokens + [name.encode() for name in special]))
 
 def train_bpe_naive(
     text: str,  # the whole corpus
@@ -80,20 +73,16 @@ def train_bpe_naive(
     parts = _split_special(text, special_tokens)[::2]
     counts = Counter(word.encode() for part in parts for word in _find_pretokens(part))
     words = {tuple(bytes([b]) for b in word): count for word, count in counts.items()}
-    merges: list[Pair] = []
-    most = vocab_size - 256 - len(special_tokens)
-    while len(merges) < most and (pairs := count_pairs(words)):
+    tokens, merges = [bytes([byte]) for byte in range(256)], list[Pair]()
+    size = vocab_size - len(special_tokens)
+    while len(tokens) < size and (pairs := count_pairs(words)):
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         words = {merge_word(word, best): count for word, count in words.items()}
         merges.append(best)
-    return make_vocab(merges, special_tokens), merges
+        tokens.append(b"".join(best))
+    return dict(enumerate(tokens + [name.encode() for name in special_tokens])), merges
 
 # %% ../nbs/00_tokenizer.ipynb #6215ae66
-def _check_special(special_tokens: list[str]) -> None:
-    for name in special_tokens:
-        if len(name.encode()) < 2 or special_tokens.count(name) > 1:
-            raise InputError(f"special token {name!r}: expected once, 2 bytes or more")
-
 def _bar(what: str, path: Path) -> tqdm:
     size = None if path.suffix == ".gz" else path.stat().st_size
     return tqdm(None, f"{what} {path.name}", size, unit="B", unit_scale=True, delay=0.5)
@@ -107,13 +96,11 @@ def train_bpe(
 ) -> tuple[dict[int, bytes], list[Pair]]:  # vocabulary (id -> bytes), merges in order
     """Train byte-level BPE on a file (Sennrich et al. 2016, arXiv:1508.07909).
 
-    Warns where the text gives fewer tokens; raises `InputError` for a file or a wish
+    Says so where the text gives fewer tokens; raises `InputError` for a file or a size
     that will not do."""
-    _check_special(special_tokens)
-    path, least = Path(input_path), 256 + len(special_tokens)
-    if vocab_size < least:
-        raise InputError(f"vocab_size {vocab_size}: too small, give {least} or more")
-    most, special = vocab_size - least, [name.encode() for name in special_tokens]
+    path, special = Path(input_path), [name.encode() for name in special_tokens]
+    if (most := vocab_size - 256 - len(special)) < 0:
+        raise InputError(f"vocab_size {vocab_size}: give {vocab_size - most} or more")
     with open_text(path) as stream, _bar("counting", path) as bar:
         pretokens = count_pretokens(
             stream, special, num_workers=num_workers, progress=bar.update)
@@ -123,9 +110,8 @@ def train_bpe(
             merges.append((tokens[a], tokens[b]))
             tokens.append(tokens[a] + tokens[b])
     if len(merges) < most:
-        warnings.warn(f"{path}: {least + len(merges)} tokens of {vocab_size}: no pair "
-                      "is left to merge", stacklevel=2)
-    return make_vocab(merges, special_tokens), merges
+        say(f"{path}: {len(tokens + special)} of {vocab_size} tokens: no pair is left")
+    return dict(enumerate(tokens + special)), merges
 
 # %% ../nbs/00_tokenizer.ipynb #9afd3155
 def _utf8(text: str) -> bytes:
@@ -136,8 +122,8 @@ def _utf8(text: str) -> bytes:
         halves = text.encode("utf-16-le", "surrogatepass")
         return halves.decode("utf-16-le", "replace").encode()
 
-class ByteLevelBPE:
-    """Turn text into token ids and back."""
+class Tokenizer:
+    """Turn text into token ids and back; save and load it; encode whole files."""
 
     def __init__(
         self,
@@ -145,7 +131,6 @@ class ByteLevelBPE:
         merges: list[Pair],  # in the order in which training chose them
         special_tokens: list[str] | None = None,  # one token wherever they stand
     ):
-        _check_special(special_tokens or [])
         self.vocab, self.merges = dict(sorted(vocab.items())), list(merges)
         ids, special = {token: i for i, token in vocab.items()}, {}
         for name in special_tokens or []:
@@ -187,15 +172,45 @@ class ByteLevelBPE:
         whole = [PRETOKEN_PATTERN, vocab, merges, list(self.special_tokens.items())]
         return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
+    def save(self, folder: _Path) -> Path:
+        """Write `tokenizer.json` in Hugging Face's format into the folder."""
+        path = Path(folder) / "tokenizer.json"
+        with atomic_write(path, "w") as file:
+            json.dump(_as_tokenizer_json(self), file, ensure_ascii=False, indent=1)
+        return path
+
+    @classmethod
+    def load(cls, path: _Path) -> Tokenizer:
+        """Read a `tokenizer.json`, or the one in a folder.
+
+        Raises `InputError` if Hugging Face's library would give other ids."""
+        return cls(*_read_tokenizer_json(Path(path)))
+
+    @classmethod
+    def from_files(cls, vocab_path: _Path, merges_path: _Path,
+                   special_tokens: list[str] | None = None) -> Tokenizer:
+        """Read vocab.json and merges.txt, in which GPT-2's tokenizer was published."""
+        lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
+        rows = [x.split() for x in lines if x.strip() and x[:8] != "#version"]
+        vocab, merges = _from_names(read_json(vocab_path), rows, special_tokens or [])
+        return cls(vocab, merges, special_tokens)
+
+    def encode_file(self, src: _Path, dst: _Path, *, num_workers: int = 0) -> TokenFile:
+        """Encode a .txt or .txt.gz into a token file, in constant memory.
+
+        That is NAME.bin, with NAME.json beside it. `num_workers` threads (0: one per
+        core) make the same file."""
+        return _encode_file(self, Path(src), _bin_path(dst), num_workers or cores())
+
 # %% ../nbs/00_tokenizer.ipynb #1f35c091
 _HIDDEN = [byte for byte in range(256) if byte == 32 or not chr(byte).isprintable()]
-_CHARS = {byte: chr(byte) for byte in range(256)}
-_CHARS |= {byte: chr(256 + n) for n, byte in enumerate(_HIDDEN)}
-_BYTES = {char: byte for byte, char in _CHARS.items()}
+_SHOWN = {byte: chr(256 + n) for n, byte in enumerate(_HIDDEN)}
 
 def byte_chars(token: bytes) -> str:
     """Write a token in GPT-2's byte-level alphabet, a visible character a byte."""
-    return "".join(_CHARS[byte] for byte in token)
+    return token.decode("latin-1").translate(_SHOWN)
+
+_BYTES = {byte_chars(bytes([byte])): byte for byte in range(256)}
 
 def _from_chars(chars: str) -> bytes:
     return bytes(_BYTES[char] for char in chars)
@@ -206,121 +221,60 @@ def _from_names(names: dict[str, int], rows: Iterable, special: Iterable[str]) -
              for name, i in names.items()}
     return vocab, [(_from_chars(a), _from_chars(b)) for a, b in rows]
 
+# %% ../nbs/00_tokenizer.ipynb #5fa3cd6b
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                "use_regex": True}
 _ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
           "special": True}
 
-# %% ../nbs/00_tokenizer.ipynb #5fa3cd6b
+def _as_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    special, ids = tokenizer.special_tokens, tokenizer.special_tokens.values()
+    rest = {byte_chars(x): i for i, x in tokenizer.vocab.items() if i not in ids}
+    assert not rest.keys() & special.keys(), "a special token has another one's name"
+    added = [{"id": i, "content": name, **_ADDED} for name, i in special.items()]
+    merges = [[byte_chars(token) for token in pair] for pair in tokenizer.merges]
+    return {"version": "1.0", "added_tokens": added, "pre_tokenizer": _BYTE_LEVEL,
+            "decoder": _BYTE_LEVEL,
+            "model": {"type": "BPE", "vocab": rest | special, "merges": merges}}
+
 def _read_tokenizer_json(path: Path) -> tuple:
     """Read vocabulary, merges and special tokens from Hugging Face's format.
 
     Raises `InputError` for any setting with which their library gives other ids."""
 
-    def need(part: str, found: Any, expected: Any) -> None:
-        if found != expected:
-            wish = f"is {found!r:.70}; expected {expected!r:.70}, as GPT-2 has it"
-            raise InputError(f"{path}: {part} {wish}")
+    def need(part: str, found: Any, wanted: Any) -> None:
+        if found != wanted:
+            raise InputError(f"{path}: {part} {found!r:.70}; expected {wanted!r:.70}")
 
     def asks(settings: dict[str, Any], free: str) -> dict[str, Any]:
         return {k: v for k, v in settings.items() if v and k not in free.split()}
 
     path = path if path.suffix == ".json" else path / "tokenizer.json"
-    whole, special = read_json(path), dict[str, int]()
-    known = "version added_tokens pre_tokenizer post_processor decoder model"
-    need("the rest of it", asks(whole, known), {})
-    model, known = whole["model"], "vocab merges unk_token fuse_unk byte_fallback"
-    need("model", asks(model, known), {"type": "BPE"})  # no byte is unknown to it
-    splitter = asks(_BYTE_LEVEL | whole["pre_tokenizer"], "trim_offsets")
-    need("pre_tokenizer", splitter, {"type": "ByteLevel", "use_regex": True})
-    after: dict[str, Any] = whole.get("post_processor") or _BYTE_LEVEL
-    if after["type"] != "ByteLevel":  # that moves offsets only
-        single = [(k, v["id"]) for x in after.get("single", []) for k, v in x.items()]
-        begin = [("SpecialToken", END_OF_TEXT)][: len(single) - 1]  # `encode` adds none
-        need("post_processor", single or after, [*begin, ("Sequence", "A")])
-    for added in whole["added_tokens"]:
-        name, token = added["content"], f"added token {added['content']!r}"
-        need(token, asks(added, "id content normalized special"), {})
-        next_id = max([len(model["vocab"]) - 1, *special.values()]) + 1
-        special[name] = model["vocab"].get(name, next_id)  # what their library does
-        need(f"the id of {token}", added["id"], special[name])
-    kinds = sorted({bool(x.get("normalized")) for x in whole["added_tokens"]})
-    need("normalized of added tokens", kinds, kinds[:1])
-    rows = [x.split(" ") if isinstance(x, str) else x for x in model["merges"]]
-    need("model.merges", {len(row) for row in rows} - {2}, set())
-    return *_from_names(model["vocab"] | special, rows, special), list(special)
-
-# %% ../nbs/00_tokenizer.ipynb #tok00002
-class Tokenizer(ByteLevelBPE):
-    """Turn text into token ids and back; save and load it; encode whole files."""
-
-    def save(self, folder: _Path) -> Path:
-        """Write `tokenizer.json` in Hugging Face's format into the folder."""
-        path = Path(folder) / "tokenizer.json"
-        special = {i: name for name, i in self.special_tokens.items()}
-        names = {i: byte_chars(token) for i, token in self.vocab.items()} | special
-        vocab = {name: i for i, name in names.items()}
-        assert len(vocab) == len(names), "a special token has the name of another token"
-        added = [{"id": i, "content": name, **_ADDED} for i, name in special.items()]
-        merges = [[byte_chars(token) for token in pair] for pair in self.merges]
-        whole = {"version": "1.0", "added_tokens": added, "pre_tokenizer": _BYTE_LEVEL,
-                 "decoder": _BYTE_LEVEL,
-                 "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
-        with atomic_write(path, "w") as file:
-            json.dump(whole, file, ensure_ascii=False, indent=1)
-        return path
-
-    @classmethod
-    def load(cls, path: _Path) -> Tokenizer:
-        """Read a `tokenizer.json`, or the one in a folder.
-
-        Raises `InputError` if Hugging Face's library would give other ids."""
-        try:
-            return cls(*_read_tokenizer_json(Path(path)))
-        except (KeyError, TypeError, AttributeError) as err:
-            what = "its tokenizer.json is no byte-level BPE tokenizer"
-            raise InputError(f"{path}: {what} ({err!r})") from err
-
-    @classmethod
-    def from_files(
-        cls, vocab_path: _Path, merges_path: _Path,
-        special_tokens: list[str] | None = None,
-    ) -> Tokenizer:
-        """Read the two files in which GPT-2's tokenizer was published.
-
-        They are called vocab.json and merges.txt."""
-        lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
-        rows = [x.split() for x in lines if x.strip() and x[:8] != "#version"]
-        vocab, merges = _from_names(read_json(vocab_path), rows, special_tokens or [])
-        return cls(vocab, merges, special_tokens)
-
-    def encode_file(
-        self, src: _Path, dst: _Path, *, num_workers: int | None = None
-    ) -> TokenFile:
-        """Encode a .txt or .txt.gz into a token file, in constant memory.
-
-        That is NAME.bin, with NAME.json beside it. Without `num_workers` there are as
-        many threads as cores; the file is the same."""
-        src, path, count = Path(src), _bin_path(dst), 0
-        description = path.with_suffix(".json")
-        if os.path.realpath(src) in map(os.path.realpath, (path, description)):
-            raise InputError(f"{dst}: would overwrite the text; choose another name")
-        with atomic_write(path) as file, ThreadPoolExecutor(1) as beside:
-            with open_text(src) as stream, _bar("encoding", src) as bar:
-                digest = beside.submit(file_sha256, src)
-                chunks = iter(lambda: stream.read(1 << 20), b"")
-                how = {"num_workers": num_workers or cores(), "progress": bar.update}
-                for ids in self._encoder.encode_chunks(chunks, **how):
-                    file.write(ids)
-                    count += len(ids)
-            file.flush()  # a full disk shows while the old pair is whole
-            description.unlink(missing_ok=True)
-        kind, size, mark = self._encoder.dtype.name, self.vocab_size, self.fingerprint
-        made = TokenFile(path, kind, count, size, mark, src.name, digest.result())
-        fields = {name: value for name, value in vars(made).items() if name != "path"}
-        with atomic_write(description, "w") as out:
-            json.dump(fields, out, indent=1)
-        return made
+    whole = read_json(path)
+    try:
+        known = "version added_tokens pre_tokenizer post_processor decoder model"
+        need("the rest of it", asks(whole, known), {})
+        model, known = whole["model"], "vocab merges unk_token fuse_unk byte_fallback"
+        need("model", asks(model, known), {"type": "BPE"})  # no byte is unknown to it
+        splitter = asks(_BYTE_LEVEL | whole["pre_tokenizer"], "trim_offsets")
+        need("pre_tokenizer", splitter, {"type": "ByteLevel", "use_regex": True})
+        after: dict[str, Any] = whole.get("post_processor") or _BYTE_LEVEL
+        if after["type"] != "ByteLevel":  # that moves offsets only
+            ids = [v["id"] for x in after.get("single", []) for v in x.values()]
+            need("post_processor", ids or after, [END_OF_TEXT][: len(ids) - 1] + ["A"])
+        vocab, special = model["vocab"], []
+        for added in whole["added_tokens"]:
+            special.append(name := added["content"])
+            found = {"id": added["id"], **asks(added, "content normalized special")}
+            wanted = {"id": vocab.setdefault(name, len(vocab))}
+            need(f"added token {name!r}", found, wanted)
+        kinds = sorted({bool(x.get("normalized")) for x in whole["added_tokens"]})
+        need("normalized of added tokens", kinds, kinds[:1])
+        rows = [x.split(" ") if isinstance(x, str) else x for x in model["merges"]]
+        need("model.merges", {len(row) for row in rows} - {2}, set())
+        return *_from_names(vocab, rows, special), special
+    except (KeyError, TypeError, AttributeError) as err:
+        raise InputError(f"{path}: no byte-level BPE tokenizer ({err!r})") from err
 
 # %% ../nbs/00_tokenizer.ipynb #372b9d4f
 def _bin_path(path: _Path) -> Path:
@@ -355,13 +309,28 @@ class TokenFile:
         """Map the ids into memory."""
         return np.memmap(self.path, np.dtype(self.dtype).newbyteorder("<"), "r")
 
-    def check(self, tokenizer: ByteLevelBPE) -> None:
+    def check(self, tokenizer: Tokenizer) -> None:
         """Raise `InputError` unless this tokenizer made it and knows all of its ids."""
-        largest, size, fault = int(self.tokens().max()), tokenizer.vocab_size, ""
-        if largest >= size:
-            fault = f"holds id {largest}, expected ids below {size}"
-        found, expected = self.fingerprint[:12], tokenizer.fingerprint[:12]
-        if found != expected:
-            fault = f"made by tokenizer {found}, expected {expected}"
-        if fault:
+        mine, yours = self.fingerprint, tokenizer.fingerprint
+        if mine != yours or self.tokens().max() >= tokenizer.vocab_size:
+            fault = f"damaged, or made by tokenizer {mine[:12]} and not {yours[:12]}"
             raise InputError(f"{self.path}: {fault}; encode the corpus again")
+
+def _encode_file(tokenizer: Tokenizer, src: Path, path: Path, jobs: int) -> TokenFile:
+    description = path.with_suffix(".json")
+    if os.path.realpath(src) in map(os.path.realpath, (path, description)):
+        raise InputError(f"{path}: would overwrite the text; choose another name")
+    with atomic_write(path) as file, ThreadPoolExecutor(1) as beside:
+        with open_text(src) as stream, _bar("encoding", src) as bar:
+            digest = beside.submit(file_sha256, src)
+            chunks = iter(lambda: stream.read(1 << 20), b"")
+            file.writelines(tokenizer._encoder.encode_chunks(
+                chunks, num_workers=jobs, progress=bar.update))
+        file.flush()  # a full disk shows while the old pair is whole
+        description.unlink(missing_ok=True)
+        dtype, size = tokenizer._encoder.dtype, file.tell()
+    made = TokenFile(path, dtype.name, size // dtype.itemsize, tokenizer.vocab_size,
+                     tokenizer.fingerprint, src.name, digest.result())
+    with atomic_write(description, "w") as out:
+        json.dump({k: v for k, v in vars(made).items() if k != "path"}, out, indent=1)
+    return made

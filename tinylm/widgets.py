@@ -3,7 +3,7 @@
 To make one, write nbs/files/NAME.js, `export default { render({ model, el }) { ... } }`, which
 fills the element `el` from `model.get("key")` (what several share: `import { f } from
 "./model.js";`), and end a cell with `Widget("NAME", figure, "alt text", key=...)`. After a change
-of a script, `python tests/shrink.py nbs/*.ipynb` renews it in the stored outputs.
+of a script, `python tests/shrink.py --scripts nbs/*.ipynb` renews it in the outputs.
 """
 import base64
 import hashlib
