@@ -10,7 +10,7 @@ import regex
 import torch
 from conftest import CHAPTERS, ROOT, served
 
-from tinylm.ablations import paired_difference
+from tinylm.ablations import Difference
 from tinylm.model import ModelConfig, TransformerLM, flops_per_token, memory_table, parameter_table
 from tinylm.optim import AdamW, cosine_lr, cross_entropy
 from tinylm.recipe import Muon
@@ -117,7 +117,7 @@ def test_differences_and_their_intervals_equal_the_chapter_s(scripts):
     dice = np.random.default_rng(0)
     for seeds in (1, 2, 3, 5, 6):
         ours, base = ({seed: float(x) for seed, x in enumerate(dice.normal(size=seeds))} for _ in range(2))
-        found, expected = scripts("records", "w.difference(...a)", [ours, base]), paired_difference(ours, base)
+        found, expected = scripts("records", "w.difference(...a)", [ours, base]), Difference(ours, base)
         assert found["mean"] == pytest.approx(expected.mean)
         assert (found["half"] or math.inf) == pytest.approx(expected.half_width, rel=1e-5)
     assert scripts("records", "w.difference({ 1: Infinity, 2: 1 }, { 1: 1, 2: 1 }).mean") is None
