@@ -77,7 +77,7 @@ SLIPS = [
     ("search --jobs 0", "--jobs"),
     ("search --seed 3", "--seeds"),
     ("search --lrs quick", "lrs 'quick'"),
-    ("ablate --plan x.json", "x.json"),
+    ("ablate --plan x.json", "x.json"), ("search --plan x.json --lrs 0.1", "do not go with --plan"),
     ("compare", "tinylm|train"),
     ("check", "RMSNorm AdamW"),
     ("check RMSNorm=x.py --time_limit -1", "--time_limit -1"),

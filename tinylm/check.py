@@ -4,27 +4,20 @@ Parts, cases and mistakes stand in `tinylm.exercises`. An answer runs on each ca
 Where it differs, the mistakes of the part run too: those whose results are the reader's are the likely ones. What is in
 a file runs in a process of its own, because it may not end, may end the process, or may print."""
 import ast
-import importlib
-import importlib.util
 import inspect
 import io
-import json
+import multiprocessing
 import os
-import queue
 import re
-import signal
-import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import partial
-from importlib.machinery import SourceFileLoader
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +60,7 @@ def difference(expected: Any, got: Any) -> str | None:
 
     Both are tensors, numbers, texts, or lists or dicts of such things. Numbers agree when they differ by no more than
     rounding explains. Sums that cancel err in proportion to their terms, so the absolute tolerance goes with the largest
-    number of the tensor. Errors, as `attempt` notes them, agree when they are of one kind."""
+    number of the tensor. Errors, noted as results, agree when they are of one kind."""
     if got is None:
         return None if expected is None else "is None: a `return` is missing, or the body is still to be filled in"
     if isinstance(expected, Mapping | list | tuple):
@@ -79,12 +72,8 @@ def difference(expected: Any, got: Any) -> str | None:
         for key in [*a, *b]:
             where = key if isinstance(key, str) else f"item {key!r}"
             if key not in b:
-                other = [k for k in b if k not in a and isinstance(key, str) and difference(a[key], b[k]) is None]
-                cut = "; is the output cut off from the graph?" if where.startswith("gradient") else ""
-                return f"has {other[0]!r}, which must be called {key!r}" if other else f"has no {where}{cut}"
-            if key not in a:
-                return f"has {where} = {b[key]!r}, where nothing more was expected"
-            if what := difference(a[key], b[key]):
+                return f"has no {where}" + "".join(f", but {other!r}" for other in b if other not in a)
+            if what := difference(a.get(key), b[key]):
                 return f"{where} {what}"
         return None
     if isinstance(expected, float):
@@ -96,10 +85,9 @@ def difference(expected: Any, got: Any) -> str | None:
         got = torch.tensor(got, dtype=expected.dtype)  # a plain number will do
     if not isinstance(got, Tensor):
         return f"is no tensor but a {type(got).__name__}"
-    if got.shape != expected.shape:
-        return f"has shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
-    if got.dtype != expected.dtype:
-        return f"has dtype {got.dtype}, expected {expected.dtype}"
+    for kind, want, has in ("shape", tuple(expected.shape), tuple(got.shape)), ("dtype", expected.dtype, got.dtype):
+        if want != has:
+            return f"has {kind} {has}, expected {want}"
     relative, wide = _TOLERANCE.get(expected.dtype, 1e-4), expected.double()
     largest = max(wide[wide.isfinite()].abs().tolist(), default=0.0)
     off = ~torch.isclose(got.double(), wide, rtol=relative, atol=relative / 10 * largest + 1e-9, equal_nan=True)
@@ -135,7 +123,7 @@ def _explain(error: BaseException) -> str:
     return what
 
 
-def attempt(case: Case, answer: Any) -> dict[str, Any]:
+def _attempt(case: Case, answer: Any) -> dict[str, Any]:
     """Run a case with an answer and give the results by name.
 
     An exception is a result too: its kind is the "error", and "words" explain it."""
@@ -159,7 +147,7 @@ class Mark:
     @property
     def points(self) -> int:
         """The number of cases that passed."""
-        return 0 if self.error else sum(what is None for what in self.cases.values())
+        return list(self.cases.values()).count(None)
 
     @property
     def right(self) -> bool:
@@ -169,65 +157,47 @@ class Mark:
     @property
     def text(self) -> str:
         """What is told to the reader: that all is right, or what differs first, and the likely mistakes."""
-        if self.error:
-            return f"{self.part}: {self.error}"
-        text = f"{self.part}: agrees with the book's in all {len(self.cases)} cases"
+        text = f"{self.part}: " + (self.error or f"agrees with the book's in all {len(self.cases)} cases")
         for i, (title, what) in enumerate(self.cases.items(), 1):
-            if what is not None:
+            if what:
                 text = f"{self.part} differs in case {i} of {len(self.cases)}, {title}:\n  {what}"
                 text += "".join(f"\n  likely mistake: {words}" for words in self.likely[:2])
-                if what.startswith("your code"):
-                    text = f"{self.part}, case {title!r}: {what}"
                 break
         return "\n  it prints: ".join([text, *self.printed])
 
 
-def _changed(run: Callable[[], Any]) -> tuple[Any, str]:
-    """Run something; give its result, and say which state of the whole process it has changed, which is set back."""
-    state: dict[str, tuple[Callable, Callable]] = {
-        "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-        "torch's gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
-        "the working directory": (os.getcwd, os.chdir)}
-    before, said = {name: get() for name, (get, _) in state.items()}, ""
-    result = run()
-    for name, (get, put) in state.items():
-        if get() != before[name]:
-            said = f"it changes {name}, on which all other code depends: leave it as it was"
-            put(before[name])
-    return result, said
+def _judge(mark: Mark, answer: Any) -> Iterator[str]:
+    """Run all cases with an answer and note what is found; gives each case's title before it is run.
 
-
-def _judge(name: str, answer: Any, on: Callable[..., object] = lambda title, said: None) -> Mark:
-    """Run all cases with an answer; before each, `on` hears its title and what was said of the others.
-
-    Likely are the mistakes that give what the answer gave, in the first case that differs and in all before it; where
-    several do, the later cases decide."""
-    part, got, said = PARTS[name], {}, dict[str, str | None]()
+    Likely are the mistakes whose results are the answer's, up to the first case that differs and for longest after it."""
+    part, got = PARTS[mark.part], {}
     for title, case in part.cases.items():
-        on(title, said)
-        mine, state = _changed(partial(attempt, case, answer))
-        got[title], what = mine, difference(attempt(case, part.answer), mine) or state or None
-        if "error" not in mine and (changed := difference(mine, attempt(case, answer))):
+        yield title
+        got[title] = mine = _attempt(case, answer)
+        what = difference(_attempt(case, part.answer), mine)
+        if "error" not in mine and (changed := difference(mine, _attempt(case, answer))):
             what = f"two calls with the same input differ: the second time {changed}"
         if what and " after the call " in what:
             what = f"it changes its input: {what}"
-        if mine.get("error") == "argument":
+        if what and mine.get("error") == "argument":
             what = f"{what}\n  the book's is called as {part.answer.__name__}{inspect.signature(part.answer)}"
-        said[title] = what
-    wrong, likely, off = {w: part.wrong(w) for w in part.mistakes}, list(part.mistakes), False
-    for title, mine in got.items():
-        if not any(said.values()) or off and len(likely) < 2:
-            break
-        same = [w for w in likely if difference(attempt(part.cases[title], wrong[w]), mine) is None]
-        likely, off = (same or likely if off else same), off or said[title] is not None
-    return Mark(name, said, likely=likely if off else [])
+        mark.cases[title] = what
+
+    def alike(other: Any) -> int:
+        off = (i for i, (title, mine) in enumerate(got.items()) if difference(_attempt(part.cases[title], other), mine))
+        return next(off, len(got))
+
+    if not mark.right:
+        right, reach = alike(part.answer), {words: alike(part.wrong(words)) for words in part.mistakes}
+        mark.likely = [words for words, cases in reach.items() if cases == max(reach.values()) > right]
 
 
 def check(part: str | Callable, answer: Any = None) -> None:
     """Compare an answer, a function or class called like the book's, with the book's: check("softmax", mine).
 
     The name may be left out where the answer has it. Raises `Wrong` with the first thing that differs."""
-    mark = _judge(_find(getattr(part, "__name__", part)), part if answer is None else answer)
+    mark = Mark(_find(getattr(part, "__name__", part)), {})
+    list(_judge(mark, part if answer is None else answer))
     if not mark.right:
         raise Wrong(mark.text)
     print(mark.text)
@@ -239,18 +209,18 @@ def stub(*names: str, home: Mapping[str, str] | None = None) -> str:
     """Write a file to fill in: for each part its signature and task, with the imports that they need.
 
     Other parts are imported from the modules that `home` names, or from the book."""
-    wanted = list(dict.fromkeys(map(_find, names)))
+    wanted, lines = list(dict.fromkeys(map(_find, names))), set()
     sources = [PARTS[name].source for name in wanted]
-    nodes = list(ast.walk(ast.parse("\n".join(sources))))
+    nodes = [*ast.parse(inspect.getsource(exercises)).body, *ast.walk(ast.parse("\n".join(sources)))]
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
-    others = {other: PARTS[other].answer.__name__ for name in wanted for other in PARTS[name].needs if other not in wanted}
-    lines = {f"from {(home or {}).get(key, PARTS[key].book.__module__)} import {name}" for key, name in others.items()}
-    for node in [*ast.parse(inspect.getsource(exercises)).body, *nodes]:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            for alias in node.names:
-                if (alias.asname or alias.name) in used:
-                    node.names = [alias]  # each on a line of its own
-                    lines.add(ast.unparse(node))
+    for key in {need for name in wanted for need in PARTS[name].needs}.difference(wanted):
+        module = (home or {}).get(key, PARTS[key].book.__module__)
+        lines.add(f"from {module} import {PARTS[key].answer.__name__}")
+    for node in nodes:
+        for alias in getattr(node, "names", ()):  # of an import
+            if (alias.asname or alias.name) in used:
+                node.names = [alias]  # type: ignore[attr-defined]  # each on a line of its own
+                lines.add(ast.unparse(node))
     head = sorted(lines, key=lambda line: ("tinylm" in line, line.startswith("from"), line))
     bodies = [_hollow(source.splitlines(), ast.parse(source).body[0]) for source in sources]
     return "\n\n\n".join(["\n".join(head)] * bool(head) + bodies) + "\n"
@@ -270,30 +240,22 @@ def _hollow(lines: list[str], tree: Any) -> str:
 
 # Files: each runs in a process of its own.
 
-def _load(path: str, name: str) -> Any:
-    """Import a file, once, and take a part from it: NAME, or NAME:OBJECT. Raises InputError."""
-    stem, folder = Path(path).stem, str(Path(path).resolve().parent)
+def _load(path: str | Path, name: str) -> Any:
+    """Take a part, NAME or NAME:OBJECT, from a file. Raises InputError."""
+    folder, stem = os.path.split(os.path.splitext(os.path.abspath(path))[0])
     if not os.path.exists(path):
         raise InputError(f"{path} is not there")
-    if folder not in sys.path:
-        sys.path.append(folder)  # for what it imports, in its processes too
-    known = sys.modules.get(stem)
-    if known is None or getattr(known, "__file__", None) != path:
-        stem = stem if known is None else f"answer_{stem}"
-        spec: Any = importlib.util.spec_from_file_location(stem, path, loader=SourceFileLoader(stem, path))
-        known = sys.modules[stem] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(known)
-        except (Exception, SystemExit) as error:
-            del sys.modules[stem]
-            why = _explain(error).replace("\n  ", "; ")
-            raise InputError(f"{path}: cannot be imported: {why}") from error
-    key = _find(name)
-    wanted = name.split(":")[1:] or [key, PARTS[key].answer.__name__]
+    sys.path.insert(0, folder)  # for what it imports, too
+    try:
+        module = import_module(stem)
+    except (Exception, SystemExit) as error:
+        why = _explain(error).replace("\n  ", "; ")
+        raise InputError(f"{path}: cannot be imported: {why}") from error
+    wanted = name.split(":")[1:] or [_find(name), PARTS[_find(name)].answer.__name__]
     for n in wanted:
-        if n in vars(known):
-            return vars(known)[n]
-    raise InputError(f"{path}: defines no {' or '.join(dict.fromkeys(wanted))}")
+        if n in vars(module):
+            return vars(module)[n]
+    raise InputError(f"{getattr(module, '__file__', path)}: defines no {' or '.join(dict.fromkeys(wanted))}")
 
 
 class _Printed(io.StringIO):
@@ -304,94 +266,88 @@ class _Printed(io.StringIO):
         return len(text)
 
 
-def _serve(work: str, *arguments: Any) -> None:
-    """Do some work, MODULE:FUNCTION, in a child process; it sends events to the parent, each a line of JSON."""
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing that the answer writes gets among the events
+def _state() -> Any:
+    return torch.get_default_dtype(), torch.is_grad_enabled(), os.getcwd()
 
-    def send(*event: Any) -> None:
-        print(json.dumps(event), file=channel, flush=True)
 
-    module, _, function = work.partition(":")
+def _serve(pipe: Any, work: Callable[..., Iterator], *arguments: Any) -> None:
+    """Do some work in a child process; send what it yields, and at last why it ended, or ""."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # so that all processes that it starts can be ended with it
+    multiprocessing.set_start_method(None, force=True)  # for its own processes, the usual one
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    before, why = _state(), ""
     try:
-        getattr(importlib.import_module(module), function)(send, *arguments)
+        for event in work(*arguments):
+            if _state() != before:
+                why = "it changes torch's default dtype or gradient mode, or the working directory: leave them as they were"
+                break
+            pipe.send(event)
     except Exception as error:
-        send("failed", _explain(error))
-    send("at", "")
+        why = _explain(error)
+    pipe.send(why)
 
 
-def events(work: str, *arguments: Any, time_limit: float = 30.0) -> Iterator[list[Any]]:
-    """Let a child process work; give its events, at last ["stopped", why] if it has not ended well.
+def _apart(work: Callable[..., Iterator], *arguments: Any, time_limit: float) -> tuple[str, Any, str]:
+    """Let a child process do some work, a generator that yields what it does next and all that it has found.
 
-    An event ["at", place] says what is done next, for which it has `time_limit` seconds."""
-    code = f"import sys; sys.path[:] = {sys.path!r}; from tinylm.check import _serve; _serve(*{(work, *arguments)!r})"
-    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                             stderr=subprocess.DEVNULL, encoding="utf-8", start_new_session=True)
-    heard: queue.SimpleQueue = queue.SimpleQueue()
-
-    def listen() -> None:
-        for line in child.stdout or ():
-            heard.put(json.loads(line))
-        heard.put(None)
-
-    threading.Thread(target=listen, daemon=True).start()
-    place, limit, why = "the start", 300.0, "your code ended the process"
+    Returns what came last, and why it did not go on, "" if all was done. Each step may take `time_limit` seconds."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe(duplex=False)
+    child = spawn.Process(target=_serve, args=(theirs, work, *arguments))
+    child.start()
+    theirs.close()
+    place, found, why, limit = "the start", [], None, 300.0
     try:
-        while event := heard.get(timeout=limit):
-            if event[0] == "at":
-                place, limit = event[1], time_limit
-            yield event
-    except queue.Empty:
-        why = f"your code was stopped after {limit:g} seconds; is there an endless loop?"
+        while why is None:
+            if not ours.poll(limit):
+                why = f"your code was stopped after {limit:g} seconds; is there an endless loop?"
+            elif isinstance(event := ours.recv(), str):
+                why = event
+            else:
+                (place, found), limit = event, time_limit
+    except EOFError:
+        why = "your code ended the process"
     finally:
-        with suppress(OSError):  # with all processes that it has started; they may have ended
-            os.killpg(child.pid, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()
-        child.wait()
-    if place:  # "" when all was done and the process, or one that it has started, has not ended well
-        yield ["stopped", why]
+        with suppress(OSError):  # all may have ended; Windows has no groups
+            getattr(os, "killpg", os.kill)(child.pid, 9)  # type: ignore[arg-type]
+        child.join()
+    return place, found, why
 
 
-def _mark_jobs(send: Callable[..., None], jobs: list[tuple[str, str]], seed: int) -> None:
-    """Mark parts, each (file, name), in the child process."""
-    exercises.SEED = seed
-    for path, name in jobs:
-        send("at", path, {})
-        printed, mark = _Printed(), Mark(_find(name), {})
+def _mark(jobs: list[tuple[str, str | Path]], seed: int) -> Iterator[tuple[str, list[Mark]]]:
+    """Mark parts, each (NAME, file), in the child process."""
+    exercises.SEED, marks = seed, list[Mark]()
+    for name, path in jobs:
+        printed, mark = _Printed(), Mark(_find(name), dict.fromkeys(PARTS[_find(name)].cases, ""))
+        marks.append(mark)
+        yield str(path), marks
         try:
-            with redirect_stdout(_Printed()):
-                answer, state = _changed(partial(_load, path, name))
-            if state:
-                raise InputError(f"{path}: while it is imported, {state}")
+            answer = _load(path, name)
             with redirect_stdout(printed):
-                mark = _judge(mark.part, answer, partial(send, "at"))
+                for title in _judge(mark, answer):
+                    yield title, marks
         except InputError as error:
             mark.error = str(error)
-        send("mark", mark.error, mark.cases, mark.likely, printed.getvalue().splitlines()[:4])
+        mark.printed = printed.getvalue().splitlines()[:4]
+    yield "", marks
 
 
-def mark_files(jobs: Iterable[tuple[str, str]], time_limit: float = 30.0, seed: int = 0) -> Iterator[Mark]:
-    """Compare parts in Python files, each (file, NAME or NAME:OBJECT), with the book's, in a process of its own.
+def mark_files(files: Mapping[str, str | Path], time_limit: float = 30.0, seed: int = 0) -> list[Mark]:
+    """Compare parts in Python files, NAME or NAME:OBJECT -> file, with the book's, in a process of its own.
 
     The time limit is that of a case, or of an import, in seconds; the seed is that of the numbers in the cases."""
-    left = list(jobs)
-    while left:
-        title, said = "", dict[str, str | None]()
-        for event, *values in events("tinylm.check:_mark_jobs", left[:], seed, time_limit=time_limit):
-            if event == "at":
-                title, said = values
-                continue
-            path, name = left.pop(0)
-            mark = Mark(_find(name), {**dict.fromkeys(PARTS[_find(name)].cases, ""), **said})
-            if event == "mark":
-                mark.error, said, mark.likely, mark.printed = values
-                mark.cases |= said
-            elif title in mark.cases:
-                mark.cases[title] = values[0]
-            else:
-                mark.error = f"{path}: {values[0]}"
-            yield mark
-            if event != "mark" or not left:
-                break  # with a process that has not ended well; the next one takes what is left
+    jobs, marks = list(files.items()), list[Mark]()
+    while len(marks) < len(jobs):  # a process that has not ended well leaves the rest to the next one
+        place, found, why = _apart(_mark, jobs[len(marks):], seed, time_limit=time_limit)
+        assert found, why
+        marks += found
+        if place in marks[-1].cases and why:
+            marks[-1].cases[place] = why
+        elif why:
+            marks[-1].error = f"{place}: {why}"
+    return marks
 
 
 def check_file(path: str, names: Iterable[str], time_limit: float = 30.0, seed: int = 0, train: bool = False) -> int:
@@ -399,86 +355,97 @@ def check_file(path: str, names: Iterable[str], time_limit: float = 30.0, seed: 
 
     Each of the names is NAME, or NAME:OBJECT for what has another name in the file. With `train`, if all are right,
     also train a small model with them, and one with the book's, and print some losses. Raises InputError."""
-    names, failed = list(names), 0
-    if train and (other := [key for key in map(_find, names) if key not in TRAINABLE]):
+    files = dict.fromkeys(names, path)
+    if train and (other := [name for name in map(_find, files) if name not in TRAINABLE]):
         raise InputError(f"{other[0]} has no place in training; there are: {', '.join(TRAINABLE)}")
-    for mark in mark_files([(path, name) for name in names], time_limit, seed):
+    marks = mark_files(files, time_limit, seed)
+    for mark in marks:
         if mark.error:
             raise InputError(mark.error)
         print(mark.text)
-        failed += not mark.right
-    place = ""
-    for event, value in events("tinylm.check:_train", path, names, time_limit=time_limit) if train and not failed else ():
-        if event == "losses":
-            print("loss at step   " + "".join(f"{step:9}" for step in (1, 10, 20, 30, 40)))
-            for title, curve in {"with yours": value, "with the book's": training_curve({})}.items():
-                print(f"{title:15}" + "".join(f"{x:9.4f}" for x in curve[:1] + curve[9::10]))
-        elif event != "at":
-            print(f"{place}: {value}")
-            failed = 1
-        place = value
+    failed = sum(not mark.right for mark in marks)
+    if train and not failed:
+        said, why = live(files, time_limit=time_limit)
+        *_, (_, expected) = _live({})
+        print(f"with yours: {why or said[-1]}\nwith the book's: {expected[-1]}")
+        failed += bool(why)
     return failed
 
 
 # Training with an answer
 
-TRAINABLE = ("get_batch", "train_bpe", "Tokenizer", "Linear", "Embedding", "RMSNorm", "SwiGLU", "softmax", "RoPE",
-             "attention", "MultiHeadSelfAttention", "TransformerBlock", "TransformerLM", "cross_entropy", "cosine_lr",
-             "clip_grad_norm", "AdamW")
+SENTENCE = "There once lived a quiet mouse named Maya. Her home was on a green island."
+TRAINABLE = [name for name, part in PARTS.items() if part.chapter < "05" and part.book is not part.answer]
 
 
-def train_small(use: Mapping[str, Any], text: str, steps: int, width: int = 32,
-                weights: bool = False) -> tuple[Any, Iterator[tuple[float, Any]]]:
-    """Make a tokenizer for a text, then train a model of 2 layers, with the parts in `use`, by the names of the book.
+class Training:
+    """A tokenizer, then a small model, trained on Fables with these parts (name -> answer), for the rest with the book's.
 
-    Gives the tokenizer, and an iterator over the loss of each batch, before its step, and the model; with `weights`, it
-    begins with the book's."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "fables.txt"
-        path.write_text(text, encoding="utf-8")
-        tokenizer = use["Tokenizer"](*use["train_bpe"](str(path), 512, [END_OF_TEXT]), [END_OF_TEXT])
+    Parts that are made of others are built from the plain answers' text, in which these names mean these parts."""
 
-    def losses() -> Iterator[tuple[float, Any]]:
-        tokens, config = np.array(tokenizer.encode(text)), ModelConfig(512, 128, width, 2, width // 16, 3 * width)
-        model, optimizer = use["TransformerLM"](config), None
-        if weights:
-            model.load_state_dict(TransformerLM(config).state_dict(), strict=False)
+    def __init__(self, answers: Mapping[str, Any]):
+        self.parts: dict[str, Any] = {}  # by their names in the book
+        for name in TRAINABLE:
+            part = PARTS[name]
+            book = part.build(self.parts) if part.needs else part.book
+            self.parts[part.answer.__name__] = answers.get(name, book)
+        self.text = f"\n{END_OF_TEXT}\n".join(fables(300, seed=0))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "fables.txt")
+            path.write_text(self.text, encoding="utf-8")
+            tokens = self.parts["train_bpe"](str(path), 512, [END_OF_TEXT])
+        self.tokenizer = self.parts["Tokenizer"](*tokens, [END_OF_TEXT])
+
+    def losses(self, steps: int = 40, own: bool = False) -> Iterator[float]:
+        """Give the loss of each batch, in nats per token, before its step.
+
+        The model begins with the book's weights, or is twice as wide and begins with its own."""
+        use, config = self.parts, ModelConfig(512, 128, 64, 2, 4, 192) if own else ModelConfig(512, 128, 32, 2, 2, 96)
+        tokens, self.model = np.array(self.tokenizer.encode(self.text)), use["TransformerLM"](config)
+        if not own:
+            self.model.load_state_dict(TransformerLM(config).state_dict(), strict=False)
+        optimizer = use["AdamW"](self.model.parameters(), lr=2e-2, weight_decay=1e-4)
         for step in range(1, steps + 1):
             x, y = use["get_batch"](tokens, 8, config.context_length, rng=np.random.default_rng([0, step]))
-            loss = use["cross_entropy"](model(x), y)
-            yield loss.item(), model
-            optimizer = optimizer or use["AdamW"](model.parameters(), lr=2e-2, weight_decay=1e-4)
+            loss = use["cross_entropy"](self.model(x), y)
+            yield loss.item()
             optimizer.zero_grad()
             loss.backward()
-            use["clip_grad_norm"](model.parameters(), 1.0)
+            use["clip_grad_norm"](self.model.parameters(), 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = use["cosine_lr"](step, 2e-2, 2e-3, 5, steps)
             optimizer.step()
 
-    return tokenizer, losses()
 
-
-def training_curve(answers: Mapping[str, Any], on_step: Callable[[str], object] = lambda step: None) -> list[float]:
-    """Train a small model on Fables with these parts (name -> answer), and for the rest with the book's.
-
-    Parts that are made of others are built from the plain answers' text, in which these names mean these parts. Returns
-    the loss of each of 40 steps in nats per token; ends early where it is not finite."""
-    use: dict[str, Any] = {}
-    for name in TRAINABLE:
-        part = PARTS[name]
-        use[part.answer.__name__] = answers.get(name) or (part.build(use) if part.needs else part.book)
-    on_step("encoding the Fables")
-    losses: list[float] = []
-    for loss, _ in train_small(use, f"\n{END_OF_TEXT}\n".join(fables(300, seed=0)), 40, weights=True)[1]:
+def _live(files: Mapping[str, str | Path], steps: int = 40, own: bool = False) -> Iterator[tuple[str, list[str]]]:
+    said, losses = list[str](), list[float]()
+    yield "loading your parts", said
+    answers = {_find(name): _load(path, name) for name, path in files.items()}
+    yield "your tokenizer on 300 fables", said
+    run = Training(answers)
+    encode, decode = run.tokenizer.encode, run.tokenizer.decode
+    said.append("your tokens: " + "|".join(decode([i]) for i in encode(SENTENCE)))
+    yield "your model", said
+    for loss in run.losses(steps, own):
         losses.append(loss)
-        if not np.isfinite(loss):
-            break
-        on_step(f"training step {len(losses)}")
-    return losses
+        yield f"step {len(losses)} of your training run", said
+    if steps:
+        said.append(f"your model's first loss: {losses[0]:.2f} nats per token; guessing alone has ln 512 = 6.24")
+    if steps > 1:
+        last = sum(losses[-20:]) / 20
+        said.append(f"your training run: {losses[0]:.3f} down to {last:.3f} nats per token in {steps} steps")
+    if "generate" in answers:
+        yield "your first story", said
+        prompt, end = encode(f"{END_OF_TEXT}\n"), encode(END_OF_TEXT)[0]
+        story = answers["generate"](run.model, prompt, 120, temperature=0.7, top_p=0.9, stop_id=end, seed=1)
+        said.append(f"your first story: {decode(story).strip()}")
+    yield "", said
 
 
-def _train(send: Callable[..., None], path: str, names: list[str]) -> None:
-    """Train with the parts in a file, in the child process."""
-    answers = {_find(name): _load(path, name) for name in names}
-    with redirect_stdout(_Printed()):
-        send("losses", training_curve(answers, partial(send, "at")))
+def live(files: Mapping[str, str | Path], *how: Any, time_limit: float = 30.0) -> tuple[list[str], str]:
+    """Say what parts in Python files can do together, with the book's where one is missing, in a process of its own.
+
+    Gives a line each on the tokens, the training (`how` is for `Training.losses`) and a story, if there is `generate`;
+    and why not, or ""."""
+    place, said, why = _apart(_live, files, *how, time_limit=time_limit)
+    return said, why and f"{place}: {why}"

@@ -182,10 +182,11 @@ def _sweep(verb: str, argv: list[str]) -> Callable:
     from tinylm.train import TrainConfig
 
     default, search = _defaults(verb, argv, BASE), verb == "search"
+    usual = ("0.001,0.003,0.01,0.03,0.1", "0", "baseline") if search else ("", "1,2,3", ",".join(ROWS))
 
-    def sweep(config: Annotated[TrainConfig, _FIELDS] = default, lrs: str = "0.001,0.003,0.01,0.03,0.1" * search,
-              seeds: str = "0" if search else "1,2,3", variants: str = "baseline" if search else ",".join(ROWS),
-              plan: str | None = None, jobs: int | None = None, out: str = "runs/ablations") -> int:
+    def sweep(config: Annotated[TrainConfig, _FIELDS] = default, lrs: str = usual[0], seeds: str = usual[1],
+              variants: str = usual[2], plan: str | None = None, jobs: int | None = None,
+              out: str = "runs/ablations") -> int:
         """Train variants of a model at several learning rates and seeds; print tables of what was found.
 
         What has a record is not run again, so the same command goes on with what was stopped. If a run left no
@@ -200,6 +201,8 @@ def _sweep(verb: str, argv: list[str]) -> Callable:
             out: folder for the records"""
         if jobs is not None and jobs < 1 or config.seed or config.run_dir:
             raise InputError("--jobs is at least 1; instead of --seed and --run_dir a sweep has --seeds and --out")
+        if plan and (lrs, seeds, variants) != usual:
+            raise InputError(f"--lrs, --seeds and --variants do not go with --plan; edit {plan} instead")
         texts = {"lrs": lrs, "variants": variants, "search_seeds" if search else "seeds": seeds}
         lists = {name: list(filter(None, text.split(","))) for name, text in texts.items()}
         changed = {name: value for name, value in vars(config).items() if not plan or value != getattr(default, name)}

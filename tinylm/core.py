@@ -9,10 +9,9 @@ import secrets
 import shutil
 import signal
 import sys
-import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -65,27 +64,22 @@ def aside(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_write(
-    path: str | os.PathLike[str],  # the file or folder to write; missing folders above it are made
-    mode: str = "wb",  # "wb": a file of bytes, "w": one of UTF-8 text, "dir": a folder
-) -> Iterator[Any]:  # the open file, or the path of the folder, under a temporary name in the same place
-    """Write a file or a folder all at once: after any failure the old one is untouched and nothing else is left.
+def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[Any]:
+    """Write a file of bytes ("wb"), one of UTF-8 text ("w") or a folder ("dir") all at once.
 
-    Raises `InputError` when the place cannot be written or is full."""
-    target = Path(os.path.realpath(path))
+    Gives the open file, or the path of the folder, under a temporary name in the same place; missing folders above it
+    are made. After any failure the old one is untouched and nothing else is left. Raises `InputError` when the place
+    cannot be written or is full."""
+    target, begun = Path(os.path.realpath(path)), False
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    begun = False
+    text: dict[str, Any] = {"encoding": "utf-8", "newline": "\n"} if mode == "w" else {}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if mode == "dir":
             temporary.mkdir()
+        with nullcontext(temporary) if mode == "dir" else open(temporary, mode, **text) as file:
             begun = True
-            yield temporary
-        else:
-            text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-            with open(temporary, mode, **text) as file:  # type: ignore[call-overload]
-                begun = True
-                yield file
+            yield file
         for made in (temporary, *temporary.rglob("*")):
             _store(made)
         if mode == "dir" and target.exists():
@@ -121,10 +115,8 @@ class _Gunzip(gzip.GzipFile):
             raise InputError(f"{self.name}: not a whole gzip file ({err}); copy or download it again") from err
 
 
-def open_text(
-    path: str | os.PathLike[str],  # a text file, or a gzip file of one (its name ends in .gz)
-) -> BinaryIO:  # the text's bytes as a buffered stream
-    """Open a text for reading, unpacking gzip on the fly.
+def open_text(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a text file, or a gzip file of one (its name ends in .gz), as a buffered stream of its bytes.
 
     Raises `InputError` if it is missing, empty, damaged, or by its first bytes no UTF-8 text."""
     try:
@@ -136,12 +128,8 @@ def open_text(
     zeros, wrong = begin.count(0), "\ufffd" in begin.decode("utf-8", "replace")[:-1]  # its last character may be cut
     if not begin:
         fault = "the file is empty; expected text"
-    elif begin.startswith((b"\xff\xfe", b"\xfe\xff")):
-        fault = "the text is UTF-16; expected UTF-8: `iconv -f UTF-16 -t UTF-8` writes it so"
-    elif begin.startswith(b"\x1f\x8b"):
-        fault = "a gzip file; give it a name that ends in .gz"
     elif zeros > len(begin) // 100 or (zeros and wrong):  # alone, either is read as it is
-        fault = "no text, there are zero bytes in it; expected UTF-8"
+        fault = "no text; perhaps a gzip file (its name must end in .gz) or UTF-16; expected UTF-8"
     else:
         return stream
     stream.close()
@@ -176,7 +164,7 @@ def noted_signals() -> Iterator[list[int]]:  # fills when a signal comes
             noted.append(signum)
             say("finishing this step and saving; once more to quit at once")
 
-        if threading.current_thread() is threading.main_thread():
+        with suppress(ValueError):  # elsewhere than in the main thread
             for signum in (signal.SIGINT, signal.SIGTERM):
                 old.callback(signal.signal, signum, signal.signal(signum, note))
         yield noted

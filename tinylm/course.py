@@ -5,20 +5,14 @@ exercises of the chapters, lie in extra/."""
 import hashlib
 import json
 import re
-import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
-from importlib import import_module
-from io import StringIO
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
-from tinylm.check import Mark, events, mark_files, stub, train_small
-from tinylm.core import END_OF_TEXT, InputError, atomic_write
+from tinylm.check import Mark, live, mark_files, stub
+from tinylm.core import InputError, atomic_write
 from tinylm.exercises import PARTS
-from tinylm.fables import fables
 
 WAY = {  # chapter -> its parts on the way, hours, what they unlock
     "00_data": ("get_batch", 0.5, "batches"),
@@ -32,7 +26,6 @@ WAY = {  # chapter -> its parts on the way, hours, what they unlock
     "12_recipe": ("Muon", 0.5, "the optimizer of today's recipes"),
 }
 ON_THE_WAY = [name for names, *_ in WAY.values() for name in names.split()]
-SENTENCE = "There once lived a quiet mouse named Maya. Her home was on a green island."
 
 PLACES = {name: f"p{i:02}_{name.lower()}.py" for i, name in enumerate(ON_THE_WAY, 1)}  # part -> its file in a course
 PLACES |= {name: f"extra/{name.lower()}.py" for name in PARTS if name not in PLACES}
@@ -58,16 +51,14 @@ PyTorch freely.
 """
 TESTS = '''"""`pytest` says here what `tinylm check` says; one part alone: `pytest -k RMSNorm`."""
 from pathlib import Path
-
 import pytest
-from tinylm.course import PLACES, mark_folder
-
+from tinylm.check import mark_files
+from tinylm.course import PLACES
 
 @pytest.fixture(scope="session")
 def marks(request):
     names = [item.callspec.params["name"] for item in request.session.items if item.name.startswith("test_part[")]
-    return {mark.part: mark for mark in mark_folder(Path(__file__).parent, names)}
-
+    return {mark.part: mark for mark in mark_files({name: Path(__file__).parent / PLACES[name] for name in names})}
 
 @pytest.mark.parametrize("name", PLACES)
 def test_part(name, marks):
@@ -99,87 +90,37 @@ def start(folder: str) -> Path:
     return Path(folder)
 
 
-def mark_folder(folder: str | Path, names: Sequence[str] = (), time_limit: float = 30.0, seed: int = 0) -> list[Mark]:
-    """Mark the parts in a course's folder, or only those named, each for itself. Raises InputError for another folder."""
-    if not any(Path(folder, place).is_file() for place in PLACES.values()):
-        raise InputError(f"{folder} is no folder that `tinylm start` made")
-    return list(mark_files([(str(Path(folder, PLACES[name])), name) for name in names or PLACES], time_limit, seed))
-
-
-def _live(send: Callable[..., None], folder: str, level: int, steps: int = 300) -> None:
-    """In a child process, show what a student's parts can do together, up to a level of 1 to 4."""
-    use: dict[str, Any] = {}
-    with redirect_stdout(StringIO()):
-        sys.path.insert(0, folder)
-        for name in ON_THE_WAY[:-1]:
-            send("at", f"loading {PLACES[name]}")
-            if Path(folder, PLACES[name]).is_file():
-                title = PARTS[name].answer.__name__
-                use[title] = getattr(import_module(Path(PLACES[name]).stem), title)
-        send("at", "your tokenizer on 200 fables")
-        tokenizer, run = train_small(use, f"\n{END_OF_TEXT}\n".join(fables(200, seed=0)), steps, width=64)
-        send("milestone", "your tokens: " + "|".join(tokenizer.decode([i]) for i in tokenizer.encode(SENTENCE)))
-        if level < 2:
-            return
-        send("at", "your model's first loss")
-        first, model = next(run)
-        send("milestone", f"your model's first loss: {first:.2f} nats per token; guessing alone has ln 512 = 6.24")
-        losses = [first]
-        for loss, _ in islice(run, steps if level > 2 else 0):
-            losses.append(loss)
-            send("at", f"step {len(losses)} of your training run")
-        if level > 2:
-            last = sum(losses[-20:]) / 20
-            send("milestone", f"your training run: {first:.2f} down to {last:.2f} nats per token in {steps} steps")
-        if level > 3:
-            send("at", "your first story")
-            prompt = list(tokenizer.encode(f"{END_OF_TEXT}\n"))
-            end = tokenizer.encode(END_OF_TEXT)[0]
-            story = use["generate"](model, prompt, 120, temperature=0.7, top_p=0.9, stop_id=end, seed=1)
-            send("milestone", f"your first story: {tokenizer.decode(story).strip()}")
-
-
-def _milestones(folder: str | Path, marks: Sequence[Mark]) -> list[str]:
+def _milestones(folder: str, marks: Sequence[Mark]) -> list[str]:
     """Say what a student's parts can do together; kept in the folder until one of them changes."""
-    right = {mark.part for mark in marks if mark.right}
-    ends = ["Tokenizer", "cross_entropy", "AdamW", "generate"]  # the last part that each level needs, in order
-    needed = [set(ON_THE_WAY[1 : ON_THE_WAY.index(end) + 1]) - {"Checkpoint"} for end in ends]
-    needed[1] |= {"get_batch"}
-    level = 0
-    while level < 4 and needed[level] | needed[min(level, 1)] <= right:
-        level += 1
-    if not level:
+    right, ready = {mark.part for mark in marks if mark.right}, list[str]()
+    for end in ("Tokenizer", "cross_entropy", "AdamW", "generate"):  # the last part that each milestone needs
+        needed = [name for name in ON_THE_WAY[: ON_THE_WAY.index(end) + 1] if name != "Checkpoint"]
+        ready = needed if right.issuperset(needed) else ready
+    if not ready:
         return []
-    texts = [Path(folder, PLACES[name]).read_bytes() for name in ON_THE_WAY if name in right]
-    digest, kept = hashlib.sha256(b"\0".join(texts)).hexdigest(), Path(folder, ".milestones.json")
+    digest = hashlib.sha256(b"\0".join(Path(folder, PLACES[name]).read_bytes() for name in ready)).hexdigest()
+    kept = Path(folder, ".milestones.json")
     if kept.is_file() and (known := json.loads(kept.read_text(encoding="utf-8")))[0] == digest:
         return known[1]
-    said, place = [], ""
-    for event, value in events("tinylm.course:_live", str(folder), level, time_limit=600.0):
-        place = value if event == "at" else place
-        if event != "at":
-            said.append(value if event == "milestone" else f"{place}: {value}")
+    steps = 300 if "AdamW" in ready else int("cross_entropy" in ready)
+    said, why = live({name: Path(folder, PLACES[name]) for name in ready}, steps, True, time_limit=600.0)
+    said += [why] * bool(why)
     kept.write_text(json.dumps([digest, said]), encoding="utf-8")
     return said
 
 
-def _score(folder: str | Path, marks: Sequence[Mark]) -> str:
+def _score(folder: str, marks: Sequence[Mark]) -> str:
     """Write what a student reads: a line for each part, the next step, and the milestones."""
-    lines, chapter, following = [], "", ""
+    lines, chapter = list[str](), ""
     for mark in marks:
         place, title = PLACES[mark.part], PARTS[mark.part].chapter if mark.part in ON_THE_WAY else "extra"
         lines += [title] * (title != chapter)
-        chapter = title
-        words = f"{mark.points} of {len(mark.cases)}"
+        chapter, said = title, "".join(f"it prints: {text}" for text in mark.printed[:1])
         if not mark.right:
-            what = mark.error or next(f"{title}: {what}" for title, what in mark.cases.items() if what is not None)
-            stubbed = "it is still a stub" in what
-            likely = f"; likely mistake: {mark.likely[0]}" if mark.likely else ""
-            words = f"{words:9} " + ("still a stub" if stubbed else " ".join(what.split()) + likely)
-            following = following or f"next: {place}, see chapter {PARTS[mark.part].chapter}"
-        lines.append(f"  {place:32} {words}")
-        lines += [f"{'':35}it prints: {text}" for text in mark.printed[:1]]
-    lines += ["", "score: {} of {} points".format(*_points(marks)), following or "All parts are right."]
+            said = "still a stub" if "it is still a stub" in mark.text else " ".join(mark.text.split())
+        lines.append(f"  {place:32} {f'{mark.points} of {len(mark.cases)}':9} {said}".rstrip())
+    following = [f"next: {PLACES[m.part]}, see chapter {PARTS[m.part].chapter}" for m in marks if not m.right]
+    lines += ["", "score: {} of {} points".format(*_points(marks)), *(following or ["All parts are right."])[:1]]
     return "\n* ".join(["\n".join(lines), *_milestones(folder, marks)])
 
 
@@ -190,14 +131,12 @@ def _points(marks: Sequence[Mark]) -> tuple[int, int]:
 def _class_table(folders: dict[str, list[Mark]]) -> str:
     """Write what a teacher reads: the points of each folder, chapter by chapter."""
     chapters = list(dict.fromkeys(part.chapter for part in PARTS.values()))
-    width = max(map(len, folders))
-    lines = ["".join([f"{'':{width}}", *(f"{chapter[:10]:>12}" for chapter in chapters), f"{'points':>12}"])]
+    rows = [["", *(chapter[:10] for chapter in chapters), "points"]]
     for folder, marks in folders.items():
-        lines.append(f"{folder:{width}}")
-        for chapter in [*chapters, ""]:
-            points, of = _points([mark for mark in marks if PARTS[mark.part].chapter.startswith(chapter)])
-            lines[-1] += f"{points:>{11 - len(str(of))}}/{of}"
-    return "\n".join(lines)
+        groups = [[m for m in marks if PARTS[m.part].chapter.startswith(chapter)] for chapter in [*chapters, ""]]
+        rows.append([folder, *("{}/{}".format(*_points(group)) for group in groups)])
+    width = max(map(len, folders))
+    return "\n".join(f"{first:{width}}" + "".join(f"{cell:>12}" for cell in rest) for first, *rest in rows)
 
 
 def mark_class(folders: Sequence[str], time_limit: float = 30.0, seed: int = 0, report: str | None = None) -> bool:
@@ -206,7 +145,11 @@ def mark_class(folders: Sequence[str], time_limit: float = 30.0, seed: int = 0, 
     A report has the points of each case, as JUnit XML (a name that ends in .xml) or as JSON (.json)."""
     if report and not report.endswith((".xml", ".json")):
         raise InputError(f"--report is {report}; expected a name that ends in .xml or .json")
-    marks = {folder: mark_folder(folder, (), time_limit, seed) for folder in folders}
+    for folder in folders:
+        if not any(Path(folder, place).is_file() for place in PLACES.values()):
+            raise InputError(f"{folder} is no folder that `tinylm start` made")
+    marks = {folder: mark_files({name: Path(folder, place) for name, place in PLACES.items()}, time_limit, seed)
+             for folder in folders}
     if report:
         _write_report(report, marks, seed)
     print(_class_table(marks) if len(folders) > 1 else _score(folders[0], marks[folders[0]]))
@@ -222,11 +165,11 @@ def _write_report(path: str, folders: dict[str, list[Mark]], seed: int) -> None:
         for mark in marks:
             for title, what in mark.cases.items():
                 case = ElementTree.SubElement(suite, "testcase", classname=mark.part, name=title)
-                if why := mark.error or what or ("not tried" if what is not None else ""):
-                    ElementTree.SubElement(case, "failure", message=re.sub("[^\n -~]", "?", why))
-        table[folder] = {"points": points, "of": of, "parts": {
-            m.part: {"points": m.points, "of": len(m.cases), "error": m.error, "cases": m.cases, "likely": m.likely}
-            for m in marks}}
+                if what is not None:
+                    why = re.sub("[^\n -~]", "?", mark.error or what or "not tried")  # XML allows few signs
+                    ElementTree.SubElement(case, "failure", message=why)
+        parts = {mark.part: asdict(mark) | {"points": mark.points, "of": len(mark.cases)} for mark in marks}
+        table[folder] = {"points": points, "of": of, "parts": parts}
     text = json.dumps({"seed": seed, "folders": table}, indent=1)
     with atomic_write(path, "w") as file:
         file.write(ElementTree.tostring(root, encoding="unicode") if path.endswith(".xml") else text)

@@ -187,7 +187,7 @@ export default {
           button.setAttribute("aria-pressed", i === head[0] * looks[0].length + head[1]));
         buttons.forEach((button, at) => {
           const share = sums[at] ?? 0;
-          if (share > 0.01) button.style.setProperty("background", `color-mix(in srgb, var(--violet) ${Math.round(15 + 75 * share)}%, transparent)`, "important");
+          if (share > 0.01) button.style.setProperty("background", `color-mix(in srgb, var(--violet) ${Math.round(10 + 45 * share)}%, transparent)`, "important");
           else button.style.removeProperty("background");
         });
         const top = sums.map((share, at) => [share, at]).sort((a, b) => b[0] - a[0]).slice(0, 4).filter(([share]) => share > 0.02);
