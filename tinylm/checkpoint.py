@@ -31,16 +31,13 @@ def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, str]:
     return {"state.json": said, **{name: file_sha256(folder / name) for name in names}}
 
 
-def save_checkpoint(
-    model: nn.Module,  # its parameters are saved
-    optimizer: torch.optim.Optimizer,  # its state is saved
-    iteration: int,  # number of steps taken so far
-    out: str | Path,  # the folder to write
-    extra: dict[str, Any] | None = None,  # more for state.json: anything JSON can hold
-) -> None:
+def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int,
+                    out: str | Path, extra: dict[str, Any] | None = None) -> None:
     """Write model.safetensors, optimizer.safetensors and state.json, all or nothing.
 
-    Raises InputError when the place cannot be written or is full.
+    They go to the folder `out`. `iteration` is the number of steps taken so far;
+    `extra`, what else state.json keeps: anything that JSON can hold. Raises InputError
+    when the place cannot be written or is full.
     """
     names, packed = _names(model, optimizer), optimizer.state_dict()
     tensors: dict[str, dict[str, Any]] = {"model": model.state_dict(), "optimizer": {}}
@@ -67,15 +64,13 @@ def save_checkpoint(
     write()
 
 # %% ../nbs/05_train.ipynb #698e162a
-def load_checkpoint(
-    src: str | Path,  # a checkpoint folder
-    model: nn.Module,  # gets the saved parameters
-    optimizer: torch.optim.Optimizer | None = None,  # gets the saved state
-) -> int:  # number of steps that had been taken
+def load_checkpoint(src: str | Path, model: nn.Module,
+                    optimizer: torch.optim.Optimizer | None = None) -> int:
     """Load a checkpoint, after its files have been checked against their SHA-256.
 
-    Raises InputError naming the file that is missing or damaged, or the first parameter
-    that has another shape in the model. The model may be sharded over processes.
+    Returns the number of steps that had been taken. Raises InputError naming the file
+    that is missing or damaged, or the first parameter that has another shape in the
+    model. The model may be sharded over processes.
     """
     folder = Path(src)
     if not folder.exists() and aside(folder).exists():  # killed between the two renames

@@ -29,11 +29,11 @@ from .fables import TEXT, fable_logprob, fables
 from .tokenizer import TokenFile, Tokenizer, train_bpe
 
 # %% ../nbs/00_data.ipynb #3e0295c5
-def read_documents(
-    path: str | os.PathLike[str],  # a .txt or .txt.gz file
-    errors: str = "replace",  # for bytes that are not UTF-8, as in `open`
-) -> Iterator[str]:  # its documents, without white space around them
-    """Stream the documents of a corpus, without empty ones."""
+def read_documents(path: str | Path, errors: str = "replace") -> Iterator[str]:
+    """Stream the documents of a .txt or .txt.gz file, without empty ones.
+
+    White space around them is taken away. `errors` is for bytes that are not UTF-8, as
+    in `open`."""
     rest = ""  # the beginning of a document that goes on in the next piece of the file
     with io.TextIOWrapper(open_text(path), "utf-8", errors, newline="") as file:
         # the end of the file ends a document
@@ -148,12 +148,13 @@ def corpus_name(corpus: str) -> str:
     return f"my-{name}" if name != corpus and name in ("fables", *_HUB) else name
 
 
-def fetch_corpus(
-    corpus: str,  # "fables", "tinystories", "owt", or the path of a text
-    folder: str | os.PathLike[str] = "data",  # what is made or downloaded goes below it
-    val_corpus: str | None = None,  # your validation text; None: the last documents
-) -> dict[str, Path]:  # {"train": path, "valid": path}
-    """Find, make or download a corpus; raises `InputError` when that cannot be done."""
+def fetch_corpus(corpus: str, folder: str | Path = "data",
+                 val_corpus: str | None = None) -> dict[str, Path]:
+    """Find, make or download a corpus; return {"train": path, "valid": path}.
+
+    `corpus` is "fables", "tinystories", "owt", or the path of a text; `val_corpus` is
+    your validation text, by default the last documents. What is made or downloaded goes
+    below `folder`. Raises `InputError` when that cannot be done."""
     home, text = Path(folder) / corpus, Path(corpus)
     if val_corpus is not None:
         open_text(val_corpus).close()
@@ -175,13 +176,13 @@ def fetch_corpus(
     return paths if val_corpus is None else {**paths, "valid": Path(val_corpus)}
 
 # %% ../nbs/00_data.ipynb #4fd26f21
-def prepare(
-    config: Any,  # uses corpus, val_corpus, data_dir, vocab_size and context_length
-) -> tuple[Tokenizer, TokenFile, TokenFile]:  # with train and validation tokens
+def prepare(config: Any) -> tuple[Tokenizer, TokenFile, TokenFile]:
     """Make a corpus, its tokenizer and token files, or reuse what is there and fits.
 
-    They lie in `vocab-<vocab_size>` in the folder of the corpus. Raises `InputError`
-    when a text is too short for one window."""
+    The files hold training and validation tokens. All lie in `vocab-<vocab_size>` in
+    the folder of the corpus. Of the config, corpus, val_corpus, data_dir, vocab_size
+    and context_length count. Raises `InputError` when a text is too short for one
+    window."""
     texts = fetch_corpus(config.corpus, config.data_dir, config.val_corpus)
     sha256 = {split: file_sha256(path) for split, path in texts.items()}
     place = texts["train"].parent
@@ -218,13 +219,12 @@ def prepare(
     return tokenizer, *files
 
 # %% ../nbs/00_data.ipynb #2abb38a0
-def windows(
-    tokens: np.ndarray,  # token ids in a row, shape (N,), any integer dtype
-    starts: np.ndarray,  # where each window begins, shape (B,)
-    context_length: int,  # T, length of each window
-    device: str | torch.device = "cpu",  # where the batch is needed
-) -> tuple[torch.Tensor, torch.Tensor]:  # inputs and targets, each (B, T), int64
-    """Gather windows; the targets are the inputs shifted by one."""
+def windows(tokens: np.ndarray, starts: np.ndarray, context_length: int,
+            device: str | torch.device = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Gather windows: inputs and, shifted by one, targets, each (B, T), int64.
+
+    `tokens` are ids in a row, shape (N,), any integer dtype; `starts`, shape (B,), says
+    where each window of length T begins; `device`, where they are needed."""
     places = starts[:, None] + np.arange(context_length + 1)
     rows = torch.from_numpy(np.asarray(tokens[places], dtype=np.int64))
     if torch.device(device).type == "cuda":
@@ -233,41 +233,38 @@ def windows(
     return rows[:, :-1], rows[:, 1:]
 
 # %% ../nbs/00_data.ipynb #a2018fbe
-def get_batch(
-    tokens: np.ndarray,  # token ids in a row, shape (N,); a memory map is best
-    batch_size: int,  # B, number of windows
-    context_length: int,  # T, length of each
-    device: str | torch.device = "cpu",  # where the batch is needed
-    rng: np.random.Generator | None = None,  # the randomness; None: a fresh one
-) -> tuple[torch.Tensor, torch.Tensor]:  # inputs and targets, each (B, T), int64
-    """Draw windows from random places; the targets are the inputs shifted by one."""
+def get_batch(tokens: np.ndarray, batch_size: int, context_length: int,
+              device: str | torch.device = "cpu", rng: np.random.Generator | None = None
+              ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw B windows of length T from random places; return inputs and targets.
+
+    Each is (B, T), int64; the targets are the inputs shifted by one. `tokens` are ids
+    in a row, shape (N,), best a memory map; without `rng`, each call draws others."""
     rng = rng or np.random.default_rng()
     starts = rng.integers(len(tokens) - context_length, size=batch_size)
     return windows(tokens, starts, context_length, device)
 
 # %% ../nbs/00_data.ipynb #96994ecd
-def cut_stories(
-    tokens: np.ndarray,  # token ids in a row, shape (N,)
-    end_id: int,  # the id of END_OF_TEXT
-    max_length: int,  # most tokens that are predicted in a row
-) -> list[np.ndarray]:  # rows `end, story..., end` of at most max_length + 1 ids, int64
-    """Cut tokens into whole stories; those that are longer are left out."""
+def cut_stories(tokens: np.ndarray, end_id: int, max_length: int) -> list[np.ndarray]:
+    """Cut tokens, shape (N,), into whole stories: int64 rows `end, story..., end`.
+
+    `end_id` is that of END_OF_TEXT. A story in which more than `max_length` tokens are
+    predicted is left out; raises `InputError` when none is left."""
     ends = np.flatnonzero(tokens == end_id)
     rows = np.split(tokens, ends + 1)[:-1]  # the last one has no end
-    return [np.concatenate([[end_id], row]).astype(np.int64)
+    rows = [np.concatenate([[end_id], row]).astype(np.int64)
             for row in rows if len(row) <= max_length]
+    if not rows:
+        raise InputError(f"no story fits in context_length {max_length}: raise it")
+    return rows
 
 
-def fables_floor(
-    tokens: np.ndarray,  # validation tokens in a row, shape (N,), made from Fables
-    tokenizer: Tokenizer,  # the tokenizer that made them
-    context_length: int,  # stories that do not fit are left out, as in `cut_stories`
-) -> float:  # the lowest loss to be expected on these stories, in nats per token
+def fables_floor(tokens: np.ndarray, tokenizer: Tokenizer,
+                 context_length: int) -> float:
     """Compute the realized floor: the grammar's own loss on the stories of a text.
 
-    Raises `InputError` when none fits, or when the grammar cannot tell one of them."""
+    That is the lowest loss to be expected on them, in nats per token. Raises
+    `InputError` when the grammar cannot tell one of them, or as `cut_stories` does."""
     rows = cut_stories(tokens, tokenizer.special_tokens[END_OF_TEXT], context_length)
-    if not rows:
-        raise InputError(f"no story fits in context_length {context_length}: raise it")
     nats = -sum(fable_logprob(tokenizer.decode(row[1:-1]).strip()) for row in rows)
     return nats / sum(len(row) - 1 for row in rows)

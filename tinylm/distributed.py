@@ -78,10 +78,12 @@ def leave(code: int) -> NoReturn:
 _Work = TypeVar("_Work", bound=Callable[..., Any])
 
 
-def on_rank0(
-    work: _Work,  # returns what can be sent: numbers, texts, paths, lists
-) -> _Work:  # the same, to be called by all processes in the same order
-    """Let a function run in rank 0 alone; its result, or failure, is everybody's."""
+def on_rank0(work: _Work) -> _Work:
+    """Let a function run in rank 0 alone; its result, or failure, is everybody's.
+
+    It returns what can be sent: numbers, texts, paths, lists. All processes call it,
+    in the same order.
+    """
 
     @wraps(work)
     def together(*args: Any, **kwargs: Any) -> Any:
@@ -118,13 +120,12 @@ def all_reduce_max(value: int) -> int:
     return int(box)
 
 # %% ../nbs/10_distributed.ipynb #7d49284b
-def wrap(
-    model: Any,  # a TransformerLM, the same in each process
-    fsdp: bool,  # each process keeps a part of the model, instead of all
-) -> nn.Module:  # what to call instead of the model, so that gradients are averaged
-    """Let the processes train one model, by DDP or by FSDP.
+def wrap(model: Any, fsdp: bool) -> nn.Module:
+    """Let the processes train one TransformerLM, the same in each of them.
 
-    FSDP changes the parameters in place: make the optimizer afterwards.
+    Returns what to call instead of the model, so that gradients are averaged. That is
+    DDP, or with `fsdp` FSDP, where each process keeps a part of the model: it changes
+    the parameters in place, so make the optimizer afterwards.
     """
     if world_size() == 1:
         return model
@@ -143,11 +144,12 @@ def full_tensor(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def shard_like(
-    x: Tensor,  # whole, the same in each process
-    like: Any,  # perhaps a DTensor, of which each process keeps a shard
-) -> Tensor:  # x, on the device of `like` and sharded as it is
-    """Share out a tensor over the processes in the way in which another one is."""
+def shard_like(x: Tensor, like: Any) -> Tensor:
+    """Share out a tensor over the processes in the way in which another one is.
+
+    `x` is whole, the same in each process. It comes to the device of `like`, and if
+    that is a DTensor, each process keeps a shard alone.
+    """
     x = x.to(like.device)
     if not hasattr(like, "placements"):
         return x

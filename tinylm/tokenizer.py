@@ -64,12 +64,12 @@ def _split_special(text: str, special_tokens: Iterable[str]) -> list[str]:
     return regex.split(f"({names})", text) if names else [text]
 
 
-def train_bpe_naive(
-    text: str,  # the whole corpus
-    vocab_size: int,  # number of tokens wanted: 256 bytes, merges and special tokens
-    special_tokens: list[str],  # texts that no merge may touch
-) -> tuple[dict[int, bytes], list[Pair]]:  # vocabulary (id -> bytes), merges in order
-    """Train BPE as it is defined: count all pairs, merge the most frequent, again."""
+def train_bpe_naive(text: str, vocab_size: int, special_tokens: list[str],
+                    ) -> tuple[dict[int, bytes], list[Pair]]:
+    """Train BPE as it is defined: count all pairs, merge the most frequent, again.
+
+    The `vocab_size` tokens are 256 bytes, merges, and the special tokens, which no
+    merge may touch. Returns the vocabulary (id -> bytes) and the merges in order."""
     parts = _split_special(text, special_tokens)[::2]
     counts = Counter(word.encode() for part in parts for word in _find_pretokens(part))
     words = {tuple(bytes([b]) for b in word): count for word, count in counts.items()}
@@ -87,17 +87,13 @@ def _bar(what: str, path: Path) -> tqdm:
     size = None if path.suffix == ".gz" else path.stat().st_size
     return tqdm(None, f"{what} {path.name}", size, unit="B", unit_scale=True, delay=0.5)
 
-def train_bpe(
-    input_path: _Path,  # the corpus, .txt or .txt.gz, UTF-8
-    vocab_size: int,  # number of tokens wanted: 256 bytes, merges and special tokens
-    special_tokens: list[str],  # texts that no merge may touch, such as "<|endoftext|>"
-    *,
-    num_workers: int | None = None,  # threads, None: one per core; all give the same
-) -> tuple[dict[int, bytes], list[Pair]]:  # vocabulary (id -> bytes), merges in order
+def train_bpe(input_path: _Path, vocab_size: int, special_tokens: list[str], *,
+              num_workers: int | None = None) -> tuple[dict[int, bytes], list[Pair]]:
     """Train byte-level BPE on a file (Sennrich et al. 2016, arXiv:1508.07909).
 
-    Says so where the text gives fewer tokens; raises `InputError` for a file or a size
-    that will not do."""
+    Takes and returns what `train_bpe_naive` does, but a .txt or .txt.gz in UTF-8; any
+    number of threads (None: one per core) gives the same. Says so where the text gives
+    fewer tokens; raises `InputError` for a file or a size that will not do."""
     path, special = Path(input_path), [name.encode() for name in special_tokens]
     if (most := vocab_size - 256 - len(special)) < 0:
         raise InputError(f"vocab_size {vocab_size}: give {vocab_size - most} or more")
@@ -123,14 +119,13 @@ def _utf8(text: str) -> bytes:
         return halves.decode("utf-16-le", "replace").encode()
 
 class Tokenizer:
-    """Turn text into token ids and back; save and load it; encode whole files."""
+    """Turn text into token ids and back; save and load it; encode whole files.
 
-    def __init__(
-        self,
-        vocab: dict[int, bytes],  # id -> bytes; any numbering will do
-        merges: list[Pair],  # in the order in which training chose them
-        special_tokens: list[str] | None = None,  # one token wherever they stand
-    ):
+    Any numbering of the vocabulary (id -> bytes) will do; merges are in the order in
+    which training chose them; special tokens are one token wherever they stand."""
+
+    def __init__(self, vocab: dict[int, bytes], merges: list[Pair],
+                 special_tokens: list[str] | None = None):
         self.vocab, self.merges = dict(sorted(vocab.items())), list(merges)
         ids, special = {token: i for i, token in vocab.items()}, {}
         for name in special_tokens or []:

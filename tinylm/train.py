@@ -42,15 +42,13 @@ from .tokenizer import Tokenizer
 
 # %% ../nbs/05_train.ipynb #27a1e984
 @torch.no_grad()
-def evaluate(
-    model: nn.Module,  # maps ids (B, T) to logits (B, T, V)
-    tokens: np.ndarray,  # validation tokens in a row, shape (N,)
-    config: "TrainConfig",  # its context_length, windows and eval_windows choose
-) -> float:  # mean loss in nats per token
-    """Measure the loss on windows spread evenly over the tokens.
+def evaluate(model: nn.Module, tokens: np.ndarray, config: "TrainConfig") -> float:
+    """Measure the loss, in nats per token, on windows spread evenly over the tokens.
 
-    They begin where those of training may, and are the same for every run on the same
-    data with the same `windows`. Raises InputError when there are too few tokens.
+    The model maps ids (B, T) to logits (B, T, V); the tokens stand in a row, shape
+    (N,). Of the config, context_length, windows and eval_windows choose: the windows
+    begin where those of training may, and are the same for every run on the same data
+    with the same `windows`. Raises InputError when there are too few tokens.
     """
     device, length = next(model.parameters()).device, config.context_length
     places = window_starts(tokens, config)
@@ -64,20 +62,15 @@ def evaluate(
 
 # %% ../nbs/05_train.ipynb #4924a1c7
 @torch.no_grad()
-def evaluate_stories(
-    model: TransformerLM,  # its context_length says which stories fit
-    tokens: np.ndarray,  # validation tokens in a row, shape (N,)
-    end_id: int,  # id of <|endoftext|>
-) -> tuple[float, int, int]:  # nats per token, number of tokens, number of stories
+def evaluate_stories(model: TransformerLM, tokens: np.ndarray,
+                     end_id: int) -> tuple[float, int, int]:
     """Measure the loss on whole stories, one a row, each with its `<|endoftext|>`.
 
-    Stories longer than the context are left out. Raises InputError when none fits.
+    Returns nats per token, the number of tokens, and that of stories. Those longer than
+    the model's context are left out. Raises InputError when none fits.
     """
-    device, length = next(model.parameters()).device, model.config.context_length
-    rows = sorted(cut_stories(tokens, end_id, length), key=len)
-    if not rows:
-        raise InputError(f"no story fits into context_length {length}; take more")
-    total, count = 0.0, 0
+    rows = sorted(cut_stories(tokens, end_id, model.config.context_length), key=len)
+    device, total, count = next(model.parameters()).device, 0.0, 0
     for i in range(0, len(rows), 16):
         batch = [torch.from_numpy(row) for row in rows[i : i + 16]]
         padded = nn.utils.rnn.pad_sequence(batch, True, -1).to(device)
@@ -177,14 +170,13 @@ class Diverged(RuntimeError):
         self.step, self.loss, self.grad_norm = step, loss, grad_norm
 
 
-def train_step(
-    model: nn.Module,  # changed in place
-    optimizer: torch.optim.Optimizer,  # of the model's parameters
-    batch: tuple[Tensor, Tensor],  # inputs and targets, each (B, T)
-    config: TrainConfig,  # its schedule, its pieces, its clipping
-    step: int,  # which step this is, counted from 1
-) -> tuple[float, float]:  # loss before the update, gradient norm before clipping
-    """Take one step. Raises Diverged, before it, for a loss that is no number."""
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple,
+               config: TrainConfig, step: int) -> tuple[float, float]:
+    """Take one step, counted from 1; return the loss before the update, and the norm.
+
+    The batch is inputs and targets, each (B, T); the norm is that of the gradient
+    before clipping. Raises Diverged, before the update, for a loss that is no number.
+    """
     for group in optimizer.param_groups:
         group["lr"] = rate_at(step, config) * group.get("times_lr", 1)
     optimizer.zero_grad()
@@ -296,10 +288,9 @@ def _open_folder(config: TrainConfig, held: ExitStack) -> tuple[Any, ...]:
         raise InputError(f"{run_dir}: in use by another process") from error
 
     path = run_dir / "config.json"
-    about = {**asdict(config), "data": {
-        "name": name, "fingerprint": tokenizer.fingerprint,
-        "sha256": train_file.sha256, "tokens": train_file.count,
-        "valid_sha256": valid_file.sha256, "valid_tokens": valid_file.count}}
+    data = {"name": name, "fingerprint": tokenizer.fingerprint,
+            "sha256": train_file.sha256, "tokens": train_file.count,
+            "valid_sha256": valid_file.sha256, "valid_tokens": valid_file.count}
     if not path.exists():
         if any(there.name != "tokenizer" for there in run_dir.glob("[!.]*")):
             raise InputError(f"{run_dir}: it holds files, and no run; choose another")
@@ -307,14 +298,14 @@ def _open_folder(config: TrainConfig, held: ExitStack) -> tuple[Any, ...]:
         with suppress(InputError):  # it is another text
             floor = fables_floor(valid_file.tokens(), tokenizer, length)
         tokenizer.save(run_dir / "tokenizer")
-        begun = {"run_dir": str(run_dir), "data": {**about["data"], "floor": floor}}
+        begun = {"run_dir": str(run_dir), "data": {**data, "floor": floor}}
         machine = _machine(_pick_device(config.device))
         with atomic_write(path, "w") as file:
-            json.dump({**about, **begun, **machine}, file, indent=1)
+            json.dump({**asdict(config), **begun, **machine}, file, indent=1)
     saved = read_json(path)
     before = {**asdict(TrainConfig()), **saved, **saved.get("data", {})}
-    for name, x in {**about, **about["data"]}.items():
-        if name not in {*FREE, "data"} and before[name] != x:
+    for name, x in {**asdict(config), **data}.items():
+        if name not in FREE and before[name] != x:
             what = f"made with {name} {before[name]}, not {x}"
             raise InputError(f"{run_dir}: {what}; choose another --run_dir")
     for folder in run_dir.glob("checkpoints/.*.tmp"):
@@ -382,12 +373,11 @@ class _Log:
             "step": step, "tokens": step * tokens,
             "seconds": round(time.perf_counter() - self.started, 3), "train_loss": None,
             "val_loss": None, "lr": rate_at(step, self.config) if step else None,
-            "grad_norm": None, "tokens_per_second": None}
+            "grad_norm": None, "tokens_per_second": None, **self.watched, **more}
         if self.pending:
             losses, norms, times = zip(*self.pending, strict=True)
             row |= {"train_loss": sum(losses) / len(losses), "grad_norm": max(norms),
                     "tokens_per_second": round(len(losses) * tokens / sum(times), 1)}
-        row |= {**self.watched, **more}
         self.append("metrics.jsonl", json.dumps(row) + "\n")
         self.track(row)
         self.pending = []
@@ -453,8 +443,7 @@ def _log_eval(log: _Log, model: Any, tokenizer: Tokenizer, valid: np.ndarray,
         weights = {name: full_tensor(x) for name, x in model.state_dict().items()}
         model = TransformerLM(config)
         model.load_state_dict(weights)
-    text = on_rank0(on_eval)(model, tokenizer, step)
-    if text:
+    if text := on_rank0(on_eval)(model, tokenizer, step):
         log.append("samples.txt", f"=== step {step} ===\n{text}\n\n")
         tqdm.write(f"--- after step {step}:\n{text}\n")
 
@@ -475,15 +464,14 @@ def _report(config: TrainConfig, run: Path, step: int) -> None:
 
 # %% ../nbs/05_train.ipynb #c22b7092
 @process_group()
-def train(
-    config: TrainConfig,  # the whole description of the run
-    on_eval: Any = None,  # called with model, tokenizer, step; returns text to keep
-) -> Path:  # the folder of the run
+def train(config: TrainConfig, on_eval: Any = None) -> Path:
     """Make a run's folder whole: begin, or go on from its newest valid checkpoint.
 
-    A run that goes on ends as if it had never stopped, to the last bit on a CPU. Raises
-    InputError for a mistake that the user can mend, such as a folder of another
-    config; Diverged if the loss is no number; Stopped when a signal asked for it.
+    A run that goes on ends as if it had never stopped, to the last bit on a CPU. After
+    an evaluation, `on_eval` is called with model, tokenizer and step, and may return a
+    text to keep. Returns the folder of the run. Raises InputError for a mistake that
+    the user can mend, such as a folder of another config; Diverged if the loss is no
+    number; Stopped when a signal asked for it.
     """
     device, _ = _check_machine(config)
     with ExitStack() as held:
@@ -508,8 +496,7 @@ def train(
                 step, began = step + 1, time.perf_counter()
                 rng = np.random.default_rng([config.seed, step])
                 drawn = rng.integers(len(places), size=config.batch_size)
-                starts = np.array([places[i] for i in drawn])
-                mine = starts[rank() :: world_size()]
+                mine = np.array([places[i] for i in drawn[rank() :: world_size()]])
                 batch = windows(tokens, mine, config.context_length, device)
                 loss, norm = train_step(forward, optimizer, batch, config, step)
                 log.pending.append([loss, norm, time.perf_counter() - began])
@@ -579,14 +566,13 @@ def _load_int8(path: Path) -> tuple[TransformerLM, Tokenizer, TrainConfig]:
     return model, Tokenizer(vocab, merges, about["special_tokens"]), config
 
 # %% ../nbs/05_train.ipynb #1609f10d
-def load_run(
-    run_dir: str | Path,  # the folder of a run, or what it was shipped as
-    device: str = "cpu",  # where the model will live; "auto" for the best there is
-) -> tuple[TransformerLM, Tokenizer, TrainConfig]:
+def load_run(run_dir: str | Path, device: str = "cpu",
+             ) -> tuple[TransformerLM, Tokenizer, TrainConfig]:
     """Load the model of a run's newest valid checkpoint, its tokenizer and its config.
 
     "tinylm" is the small model that comes with the package; a path that ends in
-    .safetensors is a file of `save_int8`. Raises InputError when there is nothing.
+    .safetensors is a file of `save_int8`. The model will live on the device, "auto"
+    being the best there is. Raises InputError when there is nothing.
     """
     source = SHIPPED if str(run_dir) == "tinylm" else Path(run_dir)
     if source.suffix == ".safetensors":
