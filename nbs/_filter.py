@@ -151,21 +151,25 @@ def documentation(module: ModuleType, name: str) -> str:
 
 
 def short_call(name: str, sym: object) -> str:
-    "How to call it, with the defaults; the types are in the table."
+    "How to call it, with the defaults, and with the types where no table of parameters has them."
     try:
-        parameters = inspect.signature(sym).parameters.values()
+        whole = inspect.signature(sym)
     except ValueError:
-        parameters = []
+        whole = inspect.Signature()
+    typed = not isinstance(sym, type) and not parameter_table(sym)
+
     class Long:
         def __repr__(self) -> str:
             return "..."  # for a default that is a whole grammar
 
     given = []
-    for p in parameters:
+    for p in whole.parameters.values():
         if p.kind is not p.VAR_KEYWORD:
             long = p.default is not p.empty and len(repr(p.default)) > 60
-            given.append(p.replace(annotation=p.empty, default=Long() if long else p.default))
-    call = inspect.Signature(given)
+            kind = p.annotation if typed else p.empty
+            given.append(p.replace(annotation=kind, default=Long() if long else p.default))
+    call = inspect.Signature(given, return_annotation=whole.return_annotation if typed else whole.empty)
+    call = re.sub(r"\b(?:\w+\.)+(?=[A-Z]|ndarray)|'", "", str(call)) if typed else call
     return textwrap.fill(f"{name}{call}", 88, subsequent_indent="    ", break_long_words=False)
 
 
