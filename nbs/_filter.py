@@ -169,7 +169,8 @@ def short_call(name: str, sym: object) -> str:
             kind = p.annotation if typed else p.empty
             given.append(p.replace(annotation=kind, default=Long() if long else p.default))
     call = inspect.Signature(given, return_annotation=whole.return_annotation if typed else whole.empty)
-    call = re.sub(r"\b(?:\w+\.)+(?=[A-Z]|ndarray)|'", "", str(call)) if typed else call
+    call = re.sub(r"(?<=: )'(\w+)'", r"\1", str(call)) if typed else str(call)
+    call = re.sub(r"\b(?:\w+\.)+(?=[A-Z]|ndarray)", "", call)
     return textwrap.fill(f"{name}{call}", 88, subsequent_indent="    ", break_long_words=False)
 
 
