@@ -228,17 +228,15 @@ def load_plans(source: Any, **changes: Any) -> dict[str, Plan]:
     this machine sets otherwise, such as data_dir. Raises InputError for anything else.
     """
     entries, plans = source if isinstance(source, dict) else read_json(source), {}
-    kinds = {"variants": str, "lrs": float, "search_seeds": int, "seeds": int}
     try:
         for name, entry in entries.items():
             own = entry.pop("base", {}) | changes
             base = replace(PRESETS.get(own.get("preset"), BASE), **own)
-            lists = {key: tuple(map(kinds[key], entry[key])) for key in entry}
-            plans[name] = Plan(base, **lists)
+            plans[name] = Plan(base, **{key: tuple(entry[key]) for key in entry})
             plans[name].runs([]), plans[name].runs()  # so that a mistake shows here
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        what = f"no plan ({error}); expected names, each with some of base"
-        raise InputError(f"{source}: {what}, {', '.join(kinds)}") from error
+        what = f"no plan ({error}); expected names, each with some of"
+        raise InputError(f"{source}: {what} {', '.join(vars(Plan()))}") from error
     return plans
 
 # %% ../nbs/06_ablations.ipynb #13c97383
@@ -365,11 +363,11 @@ _LOSSES = ("train_loss", "val_loss")
 _FREE = _NO_EFFECT - {"log_every", "corpus"} | {"seed", "max_steps"}
 
 
-def _write_references(folder: str | Path, dst: str | Path) -> dict[str, Any]:
-    """Condense a folder of records into reference curves, one file for `compare_run`.
+def _references(folder: str | Path) -> dict[str, Any]:
+    """Condense a folder of records into reference curves for `compare_run`.
 
-    Returns what is written: for each corpus and preset the config, the checksum of the
-    text, and for each seed rows of (step, train_loss, val_loss).
+    Returns for each corpus and preset the config, the checksum of the text, and for
+    each seed rows of (step, train_loss, val_loss).
     """
     references: dict[str, Any] = {}
     for record in map(read_json, sorted(Path(folder).glob("*.json"))):
@@ -382,8 +380,6 @@ def _write_references(folder: str | Path, dst: str | Path) -> dict[str, Any]:
             [row["step"], *(row[key] and round(row[key], 6) for key in _LOSSES)]
             for row in record["curve"]
         ]
-    with atomic_write(dst, "w") as file:
-        json.dump(references, file, separators=(",", ":"))
     return references
 
 # %% ../nbs/06_ablations.ipynb #eec78722

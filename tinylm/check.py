@@ -252,18 +252,10 @@ def _load(path: str | Path, name: str) -> Any:
         why = _explain(error).replace("\n  ", "; ")
         raise InputError(f"{path}: cannot be imported: {why}") from error
     wanted = name.split(":")[1:] or [_find(name), PARTS[_find(name)].answer.__name__]
-    for n in wanted:
-        if n in vars(module):
-            return vars(module)[n]
-    raise InputError(f"{getattr(module, '__file__', path)}: defines no {' or '.join(dict.fromkeys(wanted))}")
-
-
-class _Printed(io.StringIO):
-    """Keep the beginning of what is printed."""
-
-    def write(self, text: str) -> int:
-        super().write(text[: max(0, 2_000 - self.tell())])
-        return len(text)
+    found = [vars(module)[n] for n in wanted if n in vars(module)]
+    if not found:
+        raise InputError(f"{getattr(module, '__file__', path)}: defines no {' or '.join(dict.fromkeys(wanted))}")
+    return found[0]
 
 
 def _state() -> Any:
@@ -320,7 +312,7 @@ def _mark(jobs: list[tuple[str, str | Path]], seed: int) -> Iterator[tuple[str, 
     """Mark parts, each (NAME, file), in the child process."""
     exercises.SEED, marks = seed, list[Mark]()
     for name, path in jobs:
-        printed, mark = _Printed(), Mark(_find(name), dict.fromkeys(PARTS[_find(name)].cases, ""))
+        printed, mark = io.StringIO(), Mark(_find(name), dict.fromkeys(PARTS[_find(name)].cases, ""))
         marks.append(mark)
         yield str(path), marks
         try:
