@@ -34,8 +34,7 @@ _WORDS = {
 _SIZES = {
     "vocab_size": "vocab_size", "context_length": "max_position_embeddings",
     "d_model": "hidden_size", "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads", "d_ff": "intermediate_size",
-    "rope_theta": "rope_theta"}
+    "num_heads": "num_attention_heads", "d_ff": "intermediate_size"}
 
 # %% ../nbs/08_export.ipynb #0b86ecef
 def _translate(name: str) -> str:
@@ -86,18 +85,18 @@ def to_hf(run: str | Path, folder: str | Path) -> Path:
     Its tokenizer begins each text with `<|endoftext|>`, as `generate.start_ids` does.
 
     Raises InputError for a variant that is neither, and if the folder exists."""
-    model, tokenizer, config = _load_llama(run, "qk_norm")
+    model, tokenizer, config = _load_llama(run, "rope_theta", "qk_norm")
     name, end = END_OF_TEXT, tokenizer.special_tokens[END_OF_TEXT]
     ours = _reordered(model.state_dict(), config)
-    kind = "Qwen3" if config.qk_norm else "Llama"
+    kind, theta = "Qwen3" if config.qk_norm else "Llama", config.rope_theta
     described = {theirs: getattr(config, ours) for ours, theirs in _SIZES.items()} | {
         "architectures": [f"{kind}ForCausalLM"], "model_type": kind.lower(),
         "dtype": "float32", "hidden_act": "silu", "rms_norm_eps": 1e-5,
         "num_key_value_heads": config.num_kv_heads or config.num_heads,
         "head_dim": config.d_model // config.num_heads, "bos_token_id": end,
         "tie_word_embeddings": config.tie_embeddings, "eos_token_id": end,
-        # theta stands there twice, this time for version 5
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+        "rope_theta": theta,  # it stands there twice, the other time for version 5
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
     wrapped = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": name,
                "eos_token": name, "add_bos_token": True,
                "model_max_length": config.context_length}
@@ -145,7 +144,7 @@ def from_hf(folder: str | Path) -> TransformerLM:
         model = TransformerLM(ModelConfig(
             **{ours: theirs[name] for ours, name in _SIZES.items()},
             num_kv_heads=None if kv == theirs["num_attention_heads"] else kv,
-            tie_embeddings=tied, qk_norm=qwen))
+            tie_embeddings=tied, qk_norm=qwen, rope_theta=theirs["rope_theta"]))
         files, path = ["model.safetensors"], path.with_name("model.safetensors")
         if not path.exists():
             path = path.with_name("model.safetensors.index.json")
@@ -176,9 +175,7 @@ def to_llama2c(run: str | Path, file: str | Path) -> Path:
 
     Raises InputError for a variant that is no Llama, a `rope_theta` other than 10,000,
     and if a file exists."""
-    model, tokenizer, c = _load_llama(run)
-    if c.rope_theta != 10_000:
-        raise InputError(f"{run}: rope_theta is {c.rope_theta}, run.c takes 10000")
+    model, tokenizer, c = _load_llama(run)  # its program takes no other rope_theta
     layers: Any = model.layers
     parts: list[Any] = [model.token_embeddings.weight]
     for name in ("ln1", "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj",
@@ -211,7 +208,7 @@ def to_gguf(run: str | Path, file: str | Path) -> Path:
     file exists."""
     import gguf
 
-    model, tokenizer, c = _load_llama(run)
+    model, tokenizer, c = _load_llama(run, "rope_theta")
     end, kind = tokenizer.special_tokens[END_OF_TEXT], gguf.TokenType
     tokens = [(f"[PAD{i}]", kind.UNUSED) for i in range(c.vocab_size)]
     for i, token in tokenizer.vocab.items():
