@@ -215,7 +215,7 @@ def to_gguf(run: str | Path, file: str | Path) -> Path:
         tokens[i] = (byte_chars(token), kind.NORMAL)
     for name, i in tokenizer.special_tokens.items():
         tokens[i] = (name, kind.CONTROL)
-    spell = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_layers).get_name
+    spell: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_layers).get_name
     described = {
         "vocab_size": c.vocab_size, "context_length": c.context_length,
         "embedding_length": c.d_model, "block_count": c.num_layers,
