@@ -228,15 +228,17 @@ def load_plans(source: Any, **changes: Any) -> dict[str, Plan]:
     this machine sets otherwise, such as data_dir. Raises InputError for anything else.
     """
     entries, plans = source if isinstance(source, dict) else read_json(source), {}
+    kinds = {"variants": str, "lrs": float, "search_seeds": int, "seeds": int}
     try:
         for name, entry in entries.items():
             own = entry.pop("base", {}) | changes
             base = replace(PRESETS.get(own.get("preset"), BASE), **own)
-            plans[name] = Plan(base, **{key: tuple(entry[key]) for key in entry})
+            lists = {key: tuple(map(kinds[key], entry[key])) for key in entry}
+            plans[name] = Plan(base, **lists)
             plans[name].runs([]), plans[name].runs()  # so that a mistake shows here
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        what = f"no plan ({error}); expected names, each with some of"
-        raise InputError(f"{source}: {what} {', '.join(vars(Plan()))}") from error
+        what = f"no plan ({error}); expected names, each with some of base"
+        raise InputError(f"{source}: {what}, {', '.join(kinds)}") from error
     return plans
 
 # %% ../nbs/06_ablations.ipynb #13c97383
