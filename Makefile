@@ -67,7 +67,7 @@ references: .venv/run  ## train anew the runs that tinylm compare knows (half an
 	$(BIN)/tinylm search --preset debug --lrs 0.02 --seeds 0,1,2,3,4 --out $(FRESH)/bands
 	$(BIN)/tinylm search --preset laptop --lrs 0.01 --seeds 0,1,2,3,4 --out $(FRESH)/bands
 	$(BIN)/tinylm search --preset fast --lrs 0.01 --seeds 0,1,2,3,4 --out $(FRESH)/bands
-	$(BIN)/python -c "from tinylm.ablations import _write_references as w; w('$(FRESH)/bands', '$(FRESH)/bands.json')"
+	$(BIN)/python -c "from tinylm.ablations import _references as r; import json; print(json.dumps(r('$(FRESH)/bands'), separators=(',', ':')), end='')" > $(FRESH)/bands.json
 
 model: .venv/run  ## train anew the small model that comes with the package (about ten minutes)
 	$(BIN)/tinylm train --preset fast --no_qk_norm --cosine_cycle_iters 4000 --run_dir runs/model

@@ -79,9 +79,7 @@ def test_what_is_no_plan_is_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("name, text", [
-    ("x.json", "[]"), ("x.json", "once upon a time"), ("x/notes.txt", "a"),
-    ("x.json", '{"config": {"preset": "debug", "seed": 0}, "corpus": {"name": "fables", "sha256": ""}, "curve": [1]}'),
-    ("x/config.json", '{"data": {"name": "fables"}, "preset": "debug"}'),
+    ("x.json", "[]"), ("x.json", "once upon a time"), ("x/notes.txt", "a"), ("x/config.json", '{"preset": "debug"}'),
 ])
 def test_what_is_no_run_is_refused_in_one_line(tmp_path, name, text):
     (tmp_path / "x").mkdir()
@@ -372,5 +370,3 @@ def test_compare_tells_a_divergence_and_refuses_what_it_cannot_compare(tmp_path)
         (tmp_path / "record.json").write_text(json.dumps(wrong), encoding="utf-8")
         with pytest.raises(InputError, match=says):
             compare_run(tmp_path / "record.json")
-    with pytest.raises(InputError, match="neither the folder of a run"):
-        compare_run(tmp_path / "nothing")

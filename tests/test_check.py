@@ -27,12 +27,6 @@ def attention(q, k, v, mask=None):
     scores = torch.einsum("...td,...sd->...ts", q, k)
     mask = torch.ones_like(scores).bool() if mask is None else mask
     return torch.where(mask, scores, -1e30).softmax(-1) @ v"""),
-    "the maximum is not subtracted first, so exp overflows": ("softmax", """
-def softmax(x, dim):
-    return math.e ** x / (math.e ** x).sum(dim=dim, keepdim=True)"""),
-    "after cosine_cycle_iters the rate rises again": ("cosine_lr", """
-def cosine_lr(t, top, low, warm, end):
-    return t / warm * top if t < warm else low + (top - low) * math.cos((t - warm) / (end - warm) * 1.5707963) ** 2"""),
 }
 
 
@@ -67,22 +61,12 @@ def test_what_differs_is_told():
     assert book.difference(0.5, None).startswith("is None: a `return` is missing")
 
 
-def test_answers_of_an_odd_kind_are_told():
-    def with_weights(q, k, v, mask=None):
-        return q, k
-
+def test_an_error_of_an_answer_is_told_with_its_line():
     def broken(x, dim):
         return x + torch.ones(77)
 
-    said = {
-        "output is no tensor but a tuple": ("attention", with_weights),
-        "two calls with the same input differ": ("softmax", lambda x, dim: torch.rand_like(x).softmax(dim)),
-        "the book's is called as softmax(x: torch.Tensor, dim: int)": ("softmax", lambda x: x),
-        "of test_check.py: return x + torch.ones(77)": ("softmax", broken),
-        "it raises SystemExit: 0": ("softmax", lambda x, dim: sys.exit(0)),
-    }
-    for words, (name, answer) in said.items():
-        assert words in complaint(name, answer)
+    assert "of test_check.py: return x + torch.ones(77)" in complaint("softmax", broken)
+    assert "it raises SystemExit: 0" in complaint("softmax", lambda x, dim: sys.exit(0))
     assert book.Wrong("one\ntwo")._render_traceback_() == ["one", "two"]
 
 

@@ -1,12 +1,9 @@
 """Equality, determinism and bounds of tinylm.kernels that are no lesson."""
 
-import contextlib
 import importlib
 import io
 import itertools
-import os
 import random
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -29,7 +26,7 @@ from tinylm.kernels import Decoder, Encoder, Pretokens, count_pretokens, merge_p
 from tinylm.tokenizer import PRETOKEN_PATTERN, count_pairs, merge_word
 
 END = END_OF_TEXT.encode()
-SPECIAL = [END, END * 2, b"<|pad|>", b" x ", "¡fin!".encode()]
+SPECIAL = [END, END * 2, b"<'", b"<|pad|>", b" x ", "¡fin!".encode()]
 find_pretokens = regex.compile(PRETOKEN_PATTERN).findall
 special_pattern = regex.compile(b"|".join(sorted(map(regex.escape, SPECIAL), key=len, reverse=True)).decode())
 
@@ -99,16 +96,13 @@ def test_every_character_is_decoded_and_classified():
     assert split_pretokens(text.encode()) == expected_pretokens(text, special=False)
 
 
-def test_an_apostrophe_of_a_special_token_begins_no_contraction():
-    assert split_pretokens(b"<'sun <'llama", [b"<'"]) == [b"<'", b"sun", b" ", b"<'", b"llama"]
-
-
 @QUICK
 @given(TEXTS)
 @example("it's 'sam ''s 's's 'll 'l l don't'")
 @example("a\u00a0 b  \u3000\u3000c \u00a0")
 @example(f"'{END_OF_TEXT}s  {END_OF_TEXT}  x x  x ")
-@example("'¡fin!' ¡fin!  ¡fin!")
+@example("'¡fin!' ¡fin!  ¡fin!")  # an apostrophe of a special token begins no contraction
+@example("<'sun <'llama")
 def test_splits_as_regex_does(text):
     text = text.encode("utf-8", "replace").decode()
     assert split_pretokens(text.encode(), SPECIAL) == expected_pretokens(text)
@@ -195,18 +189,6 @@ def test_merges_by_the_definition_however_little_room_there_is_at_first(monkeypa
     monkeypatch.setattr(kernels._Merger, "make_room", watched)
     assert as_bytes(merge_pairs(Pretokens.from_dict(words), 250)) == merge_by_definition(words, 250)
     assert enlarged == {(True, False), (False, True)}  # for pairs, and for the bytes of long tokens
-
-
-def test_memory_is_that_of_the_distinct_pretokens():
-    draw = random.Random(0)
-    words = {b" %x" % draw.getrandbits(draw.choice([30, 50, 70])): 1 for _ in range(60_000)}
-    pretokens = Pretokens.from_dict(words)
-    places = int(pretokens.offsets[-1]) + len(words) + 1
-    tracemalloc.start()
-    assert len(merge_pairs(pretokens, 500)) == 500
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 20 * places + 10e6  # 8 bytes a place, 8 an entry of the lists; pairs, heap and tokens
 
 
 def test_ids_of_any_size_and_type_are_the_same_ids():
@@ -359,23 +341,6 @@ def test_compiled_code_is_kept_on_disk_and_made_anew_when_damaged(run, kind, con
     for path in run.cache.rglob(f"*.{kind}"):
         path.write_bytes(content)
     assert run().count("compiling") == 1 and run() == ""
-
-
-def test_without_a_compiler_the_results_are_the_same():
-    code = """
-import io
-from tinylm import kernels as k
-text = "don't  stop é 🦊\\u3000x <|e|> the cat's hat, the cat sat " .encode() * 3 + b"q" * 80
-pretokens = k.count_pretokens(io.BytesIO(text), [b"<|e|>"])
-merges = k.merge_pairs(pretokens, 30)
-ids = k.Encoder(range(256), merges, special_tokens={b"<|e|>": 290}, dtype=k.np.uint16).encode(text)
-print(sorted(pretokens.as_dict().items()), merges.tolist(), ids.tolist(), k.Decoder({105: b"i"}).decode([105]))
-"""
-    with contextlib.redirect_stdout(io.StringIO()) as fast:
-        exec(code, {})
-    env = {**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTHONWARNINGS": "error", "PYTHONUTF8": "1"}
-    slow = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", env=env)
-    assert slow.stdout == fast.getvalue() and slow.returncode == 0, slow.stderr
 
 
 def test_a_notebook_keeps_no_compiled_code():

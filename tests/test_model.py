@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from tinylm import core
 from tinylm.checkpoint import load_checkpoint, save_checkpoint
 from tinylm.core import InputError
-from tinylm.export import _HF, _reordered, _translate
+from tinylm.export import _reordered, _translate
 from tinylm.layers import RMSNorm
 from tinylm.model import ModelConfig, TransformerLM
 from tinylm.optim import AdamW
@@ -39,7 +39,7 @@ def shaken(**change) -> TransformerLM:
 
 def theirs(tensors: dict, config: ModelConfig) -> dict:
     "Tensors by the names and in the order of transformers, as to_hf writes them; test_golden.py spells both out."
-    return {_translate(name, _HF): tensor for name, tensor in _reordered(tensors, config).items()}
+    return {_translate(name): tensor for name, tensor in _reordered(tensors, config).items()}
 
 
 def as_hf(model: TransformerLM):

@@ -1,5 +1,4 @@
 """The widgets of six chapters in a real browser: what they compute equals the book's Python, and they react."""
-import json
 import math
 import random
 from dataclasses import replace
@@ -8,7 +7,9 @@ import numpy as np
 import pytest
 import regex
 import torch
-from conftest import CHAPTERS, ROOT, served
+from conftest import ROOT, served
+from test_site import watched
+from test_widgets import stored
 
 from tinylm.ablations import Difference
 from tinylm.model import ModelConfig, TransformerLM, flops_per_token, memory_table, parameter_table
@@ -17,16 +18,7 @@ from tinylm.recipe import Muon
 from tinylm.rope import RotaryPositionalEmbedding
 from tinylm.tokenizer import PRETOKEN_PATTERN, train_bpe_naive
 
-PAGES = {"bpe": "00_tokenizer", "rope": "02_rope", "calculator": "03_model", "valley": "04_optim", "learn": "05_train",
-         "records": "06_ablations"}
-
-
-def stored(name: str) -> str:
-    "The output of a chapter that holds a widget."
-    path = next(path for path in CHAPTERS if path.stem == PAGES[name])
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    outputs = ["".join(o.get("data", {}).get("text/html", "")) for c in cells for o in c.get("outputs", ())]
-    return next(html for html in outputs if f'dataset.live = "{name}"' in html)
+WIDGETS = ["bpe", "rope", "calculator", "valley", "learn", "records"]
 
 
 @pytest.fixture(scope="module")
@@ -271,21 +263,18 @@ def drive_learn(page):
 
 @pytest.mark.parametrize("width, scheme", [(1300, "light"), (390, "dark")])
 def test_each_widget_reacts(browser, tmp_path, width, scheme):
-    body = "".join(f"<article>{stored(name)}</article>" for name in PAGES)
+    shown = [html for name in WIDGETS for _, html in stored() if f'dataset.live = "{name}"' in html]
+    body = "".join(f"<article>{html}</article>" for html in shown)
     head = '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head += '<meta name="color-scheme" content="light dark"><style>article { max-width: 860px }</style>'
     (tmp_path / "index.html").write_text(head + body, encoding="utf-8")
-    faults = []
     with served(tmp_path) as address:
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        page.on("console", lambda m: m.type == "error" and not m.location["url"].endswith("favicon.ico")
-                and faults.append(m.text))
-        page.on("pageerror", lambda e: faults.append(str(e)))
-        page.on("request", lambda r: r.url.startswith((address, "blob:", "data:")) or faults.append(r.url))
+        faults = watched(page)
         page.goto(address)
-        page.wait_for_function(f"document.querySelectorAll('[data-live]').length === {len(PAGES)}")
+        page.wait_for_function(f"document.querySelectorAll('[data-live]').length === {len(WIDGETS)}")
         page.wait_for_timeout(100)
-        for name in PAGES:
+        for name in WIDGETS:
             globals()[f"drive_{name}"](page)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.close()

@@ -365,11 +365,11 @@ _LOSSES = ("train_loss", "val_loss")
 _FREE = _NO_EFFECT - {"log_every", "corpus"} | {"seed", "max_steps"}
 
 
-def _write_references(folder: str | Path, dst: str | Path) -> dict[str, Any]:
-    """Condense a folder of records into reference curves, one file for `compare_run`.
+def _references(folder: str | Path) -> dict[str, Any]:
+    """Condense a folder of records into reference curves for `compare_run`.
 
-    Returns what is written: for each corpus and preset the config, the checksum of the
-    text, and for each seed rows of (step, train_loss, val_loss).
+    Returns for each corpus and preset the config, the checksum of the text, and for
+    each seed rows of (step, train_loss, val_loss).
     """
     references: dict[str, Any] = {}
     for record in map(read_json, sorted(Path(folder).glob("*.json"))):
@@ -382,8 +382,6 @@ def _write_references(folder: str | Path, dst: str | Path) -> dict[str, Any]:
             [row["step"], *(row[key] and round(row[key], 6) for key in _LOSSES)]
             for row in record["curve"]
         ]
-    with atomic_write(dst, "w") as file:
-        json.dump(references, file, separators=(",", ":"))
     return references
 
 # %% ../nbs/06_ablations.ipynb #eec78722

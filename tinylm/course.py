@@ -2,7 +2,6 @@
 
 Each part of `tinylm.exercises` has a file. Those on the way from text to a first story are numbered; the rest, the
 exercises of the chapters, lie in extra/."""
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -32,10 +31,9 @@ PLACES |= {name: f"extra/{name.lower()}.py" for name in PARTS if name not in PLA
 
 README = """# My language model
 
-You write every part of a language model, and in the end it tells its first story: with your tokenizer, your layers, your
-optimizer, and nothing of the book's. Work through the files in their order. Each has the task with all that is checked,
-and a hint at its end, folded away. The chapter named in its first line explains the idea. The files in extra/ are exercises
-of the chapters: they count, but no other part needs them.
+You write every part of a language model, and in the end it tells its first story, with nothing of the book's. Work
+through the files in their order. Each has the task with all that is checked, and a hint at its end, folded away; the chapter
+in its first line explains the idea. The files in extra/ are exercises: they count, but no other part needs them.
 
     tinylm check          the score: a line for each part, the next step, and what your parts can do already
     pytest                the same as tests; one part alone: pytest -k RMSNorm
@@ -45,9 +43,8 @@ of the chapters: they count, but no other part needs them.
 AGENTS = """# For an assistant
 
 The person who works in this folder wants to learn how a language model is made. Teach; do not solve: write no bodies of
-parts, and show no answers of `tinylm.exercises`. Ask what they expect and what `tinylm check` says. Explain the idea, do an
-example by hand with small numbers, give the smallest hint that helps, then wait. Explain error messages, Python and
-PyTorch freely.
+parts, and show no answers of `tinylm.exercises`. Ask what they expect and what `tinylm check` says. Explain the idea, error
+messages, Python and PyTorch freely; do an example by hand, give the smallest hint that helps, then wait.
 """
 TESTS = '''"""`pytest` says here what `tinylm check` says; one part alone: `pytest -k RMSNorm`."""
 from pathlib import Path
@@ -91,22 +88,16 @@ def start(folder: str) -> Path:
 
 
 def _milestones(folder: str, marks: Sequence[Mark]) -> list[str]:
-    """Say what a student's parts can do together; kept in the folder until one of them changes."""
+    """Say what a student's parts can do together."""
     right, ready = {mark.part for mark in marks if mark.right}, list[str]()
     for end in ("Tokenizer", "cross_entropy", "AdamW", "generate"):  # the last part that each milestone needs
         needed = [name for name in ON_THE_WAY[: ON_THE_WAY.index(end) + 1] if name != "Checkpoint"]
         ready = needed if right.issuperset(needed) else ready
     if not ready:
         return []
-    digest = hashlib.sha256(b"\0".join(Path(folder, PLACES[name]).read_bytes() for name in ready)).hexdigest()
-    kept = Path(folder, ".milestones.json")
-    if kept.is_file() and (known := json.loads(kept.read_text(encoding="utf-8")))[0] == digest:
-        return known[1]
     steps = 300 if "AdamW" in ready else int("cross_entropy" in ready)
     said, why = live({name: Path(folder, PLACES[name]) for name in ready}, steps, True, time_limit=600.0)
-    said += [why] * bool(why)
-    kept.write_text(json.dumps([digest, said]), encoding="utf-8")
-    return said
+    return said + [why] * bool(why)
 
 
 def _score(folder: str, marks: Sequence[Mark]) -> str:
@@ -128,23 +119,16 @@ def _points(marks: Sequence[Mark]) -> tuple[int, int]:
     return sum(mark.points for mark in marks), sum(len(mark.cases) for mark in marks)
 
 
-def _class_table(folders: dict[str, list[Mark]]) -> str:
-    """Write what a teacher reads: the points of each folder, chapter by chapter."""
-    chapters = list(dict.fromkeys(part.chapter for part in PARTS.values()))
-    rows = [["", *(chapter[:10] for chapter in chapters), "points"]]
-    for folder, marks in folders.items():
-        groups = [[m for m in marks if PARTS[m.part].chapter.startswith(chapter)] for chapter in [*chapters, ""]]
-        rows.append([folder, *("{}/{}".format(*_points(group)) for group in groups)])
-    width = max(map(len, folders))
-    return "\n".join(f"{first:{width}}" + "".join(f"{cell:>12}" for cell in rest) for first, *rest in rows)
+def _class_row(folder: str, marks: Sequence[Mark]) -> str:
+    """Write what a teacher reads: the points of a folder, and the chapters that some are missing in."""
+    missing = ", ".join(dict.fromkeys(PARTS[mark.part].chapter for mark in marks if not mark.right))
+    return "{}: {} of {} points".format(folder, *_points(marks)) + (f"; more in {missing}" if missing else "")
 
 
 def mark_class(folders: Sequence[str], time_limit: float = 30.0, seed: int = 0, report: str | None = None) -> bool:
-    """Mark folders of a course; print the score of one, or a table of several. Returns whether all parts are right.
+    """Mark folders of a course; print the score of one, or a line for each of several. Returns whether all parts are right.
 
-    A report has the points of each case, as JUnit XML (a name that ends in .xml) or as JSON (.json)."""
-    if report and not report.endswith((".xml", ".json")):
-        raise InputError(f"--report is {report}; expected a name that ends in .xml or .json")
+    A report has the points of each case, as JUnit XML if its name ends in .xml, else as JSON."""
     for folder in folders:
         if not any(Path(folder, place).is_file() for place in PLACES.values()):
             raise InputError(f"{folder} is no folder that `tinylm start` made")
@@ -152,7 +136,8 @@ def mark_class(folders: Sequence[str], time_limit: float = 30.0, seed: int = 0, 
              for folder in folders}
     if report:
         _write_report(report, marks, seed)
-    print(_class_table(marks) if len(folders) > 1 else _score(folders[0], marks[folders[0]]))
+    tell = _class_row if len(folders) > 1 else _score
+    print(*(tell(folder, own) for folder, own in marks.items()), sep="\n")
     return all(mark.right for own in marks.values() for mark in own)
 
 

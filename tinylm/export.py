@@ -27,38 +27,20 @@ from .tokenizer import PRETOKEN_PATTERN, Tokenizer, byte_chars
 from .train import TrainConfig, load_run
 
 # %% ../nbs/08_export.ipynb #6bc727df
-_NAMES = {
-    "token_embeddings": ("model.embed_tokens", "token_embd"),
-    "layers.#.ln1": ("model.layers.#.input_layernorm", "blk.#.attn_norm"),
-    "layers.#.attn.q_proj": ("model.layers.#.self_attn.q_proj", "blk.#.attn_q"),
-    "layers.#.attn.k_proj": ("model.layers.#.self_attn.k_proj", "blk.#.attn_k"),
-    "layers.#.attn.q_norm": ("model.layers.#.self_attn.q_norm", "blk.#.attn_q_norm"),
-    "layers.#.attn.k_norm": ("model.layers.#.self_attn.k_norm", "blk.#.attn_k_norm"),
-    "layers.#.attn.v_proj": ("model.layers.#.self_attn.v_proj", "blk.#.attn_v"),
-    "layers.#.attn.output_proj":
-        ("model.layers.#.self_attn.o_proj", "blk.#.attn_output"),
-    "layers.#.ln2": ("model.layers.#.post_attention_layernorm", "blk.#.ffn_norm"),
-    "layers.#.ffn.w1": ("model.layers.#.mlp.gate_proj", "blk.#.ffn_gate"),
-    "layers.#.ffn.w3": ("model.layers.#.mlp.up_proj", "blk.#.ffn_up"),
-    "layers.#.ffn.w2": ("model.layers.#.mlp.down_proj", "blk.#.ffn_down"),
-    "ln_final": ("model.norm", "output_norm"),
-    "lm_head": ("lm_head", "output")}
+_WORDS = {
+    "token_embeddings": "embed_tokens", "ln_final": "norm", "ln1": "input_layernorm",
+    "ln2": "post_attention_layernorm", "attn": "self_attn", "output_proj": "o_proj",
+    "ffn": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _SIZES = {
-    "vocab_size": ("vocab_size", "vocab_size"),
-    "context_length": ("max_position_embeddings", "context_length"),
-    "d_model": ("hidden_size", "embedding_length"),
-    "num_layers": ("num_hidden_layers", "block_count"),
-    "num_heads": ("num_attention_heads", "head_count"),
-    "d_ff": ("intermediate_size", "feed_forward_length"),
-    "rope_theta": ("rope_theta", "rope_freq_base")}
-_HF, _GGUF = 0, 1  # the columns
+    "vocab_size": "vocab_size", "context_length": "max_position_embeddings",
+    "d_model": "hidden_size", "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads", "d_ff": "intermediate_size"}
 
 # %% ../nbs/08_export.ipynb #0b86ecef
-def _translate(name: str, column: int) -> str:
-    """Say a parameter's name as another tool does."""
-    layer = re.search(r"(?<=^layers\.)\d+", name)
-    pattern = re.sub(r"^layers\.\d+", "layers.#", name.removesuffix(".weight"))
-    return _NAMES[pattern][column].replace("#", layer[0] if layer else "") + ".weight"
+def _translate(name: str) -> str:
+    """Say a parameter's name as Hugging Face does."""
+    theirs = ".".join(_WORDS.get(word, word) for word in name.split("."))
+    return theirs if name.startswith("lm_head") else f"model.{theirs}"
 
 # %% ../nbs/08_export.ipynb #e8a19573
 def to_half_split(weight: Tensor, num_heads: int, back: bool = False) -> Tensor:
@@ -103,18 +85,18 @@ def to_hf(run: str | Path, folder: str | Path) -> Path:
     Its tokenizer begins each text with `<|endoftext|>`, as `generate.start_ids` does.
 
     Raises InputError for a variant that is neither, and if the folder exists."""
-    model, tokenizer, config = _load_llama(run, "qk_norm")
+    model, tokenizer, config = _load_llama(run, "rope_theta", "qk_norm")
     name, end = END_OF_TEXT, tokenizer.special_tokens[END_OF_TEXT]
     ours = _reordered(model.state_dict(), config)
-    kind = "Qwen3" if config.qk_norm else "Llama"
-    described = {n[_HF]: getattr(config, ours) for ours, n in _SIZES.items()} | {
+    kind, theta = "Qwen3" if config.qk_norm else "Llama", config.rope_theta
+    described = {theirs: getattr(config, ours) for ours, theirs in _SIZES.items()} | {
         "architectures": [f"{kind}ForCausalLM"], "model_type": kind.lower(),
         "dtype": "float32", "hidden_act": "silu", "rms_norm_eps": 1e-5,
         "num_key_value_heads": config.num_kv_heads or config.num_heads,
         "head_dim": config.d_model // config.num_heads, "bos_token_id": end,
         "tie_word_embeddings": config.tie_embeddings, "eos_token_id": end,
-        # theta stands there twice, this time for version 5
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+        "rope_theta": theta,  # it stands there twice, the other time for version 5
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
     wrapped = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": name,
                "eos_token": name, "add_bos_token": True,
                "model_max_length": config.context_length}
@@ -129,7 +111,7 @@ def to_hf(run: str | Path, folder: str | Path) -> Path:
         files = {"config": described, "tokenizer": whole, "tokenizer_config": wrapped}
         for file, content in files.items():
             (out / f"{file}.json").write_text(json.dumps(content, indent=1))
-        save_file({_translate(name, _HF): weight for name, weight in ours.items()},
+        save_file({_translate(name): weight for name, weight in ours.items()},
                   out / "model.safetensors", metadata={"format": "pt"})
     return Path(folder)
 
@@ -160,9 +142,9 @@ def from_hf(folder: str | Path) -> TransformerLM:
                                  f"TransformerLM can only be built for {value!r}")
         tied = bool(theirs.get("tie_word_embeddings"))
         model = TransformerLM(ModelConfig(
-            **{ours: theirs[names[_HF]] for ours, names in _SIZES.items()},
+            **{ours: theirs[name] for ours, name in _SIZES.items()},
             num_kv_heads=None if kv == theirs["num_attention_heads"] else kv,
-            tie_embeddings=tied, qk_norm=qwen))
+            tie_embeddings=tied, qk_norm=qwen, rope_theta=theirs["rope_theta"]))
         files, path = ["model.safetensors"], path.with_name("model.safetensors")
         if not path.exists():
             path = path.with_name("model.safetensors.index.json")
@@ -174,7 +156,7 @@ def from_hf(folder: str | Path) -> TransformerLM:
         raise
     except Exception as err:  # a file of others may hold anything
         raise InputError(f"{path}: damaged ({err!r}); copy or make it again") from err
-    mine = {_translate(ours, _HF): w for ours, w in model.state_dict().items()}
+    mine = {_translate(ours): w for ours, w in model.state_dict().items()}
     idle = ".*rotary_emb.inv_freq" + ("|lm_head.weight" if tied else "")
     tensors = {name: w for name, w in tensors.items() if not re.fullmatch(idle, name)}
     for name in sorted(mine.keys() | tensors.keys()):
@@ -193,9 +175,7 @@ def to_llama2c(run: str | Path, file: str | Path) -> Path:
 
     Raises InputError for a variant that is no Llama, a `rope_theta` other than 10,000,
     and if a file exists."""
-    model, tokenizer, c = _load_llama(run)
-    if c.rope_theta != 10_000:
-        raise InputError(f"{run}: rope_theta is {c.rope_theta}, run.c takes 10000")
+    model, tokenizer, c = _load_llama(run)  # its program takes no other rope_theta
     layers: Any = model.layers
     parts: list[Any] = [model.token_embeddings.weight]
     for name in ("ln1", "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj",
@@ -228,15 +208,20 @@ def to_gguf(run: str | Path, file: str | Path) -> Path:
     file exists."""
     import gguf
 
-    model, tokenizer, c = _load_llama(run)
+    model, tokenizer, c = _load_llama(run, "rope_theta")
     end, kind = tokenizer.special_tokens[END_OF_TEXT], gguf.TokenType
     tokens = [(f"[PAD{i}]", kind.UNUSED) for i in range(c.vocab_size)]
     for i, token in tokenizer.vocab.items():
         tokens[i] = (byte_chars(token), kind.NORMAL)
     for name, i in tokenizer.special_tokens.items():
         tokens[i] = (name, kind.CONTROL)
-    described = {n[_GGUF]: getattr(c, ours) for ours, n in _SIZES.items()} | {
-        "name": Path(run).resolve().name, "file_type": gguf.LlamaFileType.ALL_F32,
+    spell: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_layers).get_name
+    described = {
+        "vocab_size": c.vocab_size, "context_length": c.context_length,
+        "embedding_length": c.d_model, "block_count": c.num_layers,
+        "head_count": c.num_heads, "feed_forward_length": c.d_ff,
+        "rope_freq_base": c.rope_theta, "name": Path(run).resolve().name,
+        "file_type": gguf.LlamaFileType.ALL_F32,
         "head_count_kv": c.num_kv_heads or c.num_heads, "layer_norm_rms_eps": 1e-5,
         "rope_dimension_count": c.d_model // c.num_heads, "tokenizer_model": "gpt2",
         "tokenizer_pre": "gpt-2", "token_list": [token for token, _ in tokens],
@@ -248,7 +233,7 @@ def to_gguf(run: str | Path, file: str | Path) -> Path:
         for field, value in described.items():
             getattr(writer, f"add_{field}")(value)
         for name, weight in model.state_dict().items():
-            writer.add_tensor(_translate(name, _GGUF), weight.numpy())
+            writer.add_tensor(spell(_translate(name), [".weight"]), weight.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
