@@ -195,6 +195,8 @@ def test_the_surprise_meter_reacts(visit):
     words, read = page.locator(".w"), "all => all.map(e => +e.dataset.nats.split(' ')[1])"
     stored = page.eval_on_selector_all(".w", read)
     at = [text.strip() for text in words.all_inner_texts()].index("Maya")
+    page.locator(".surprise label input").press("Home")  # early in its training the name is a surprise
+    assert float(words.nth(at).get_attribute("data-nats").split()[1]) > 5
     if by_keyboard:
         words.first.focus()
         for _ in range(at % 10):

@@ -22,6 +22,7 @@ const CSS = `
 .surprise .option span:last-child { text-align: right; }
 .surprise .heads { display: grid; grid-template-columns: auto repeat(4, 1fr); gap: 4px; align-items: center; margin: 4px 0; }
 .surprise .heads button { padding: 2px 0; }
+.surprise label[hidden] { display: none; }
 .surprise .begin { flex: 1 1 260px; min-width: 0; }`;
 
 const READERS = [["grammar", "the grammar, which cannot be beaten", "--green"], ["model", "the model of this book", "--ink"],
@@ -82,10 +83,17 @@ export default {
     const begin = make("input", { class: "begin", "aria-label": "A beginning", value: given.get("begin"), maxlength: 300 });
     const tell = make("button", { class: "main" }, "Tell"), back = make("button", {}, "Back to the fable");
     const status = make("span", { class: "note num", role: "status" });
-    const buttons = [];
+    const buttons = [], moments = given.get("training") ?? []; // of its training: step, and the model's nats at each word
+    const slider = make("input", { type: "range", min: 0, max: moments.length, value: moments.length, "aria-label": "Moment of its training" });
+    const step = make("span", { class: "num" }), training = make("label", { class: "note" }, "The model after", slider, step);
+
+    function natsOf(at) { // what to show: the model of now, or of the moment that the slider says
+      const { nats } = text.words[at], then = text === fable && moments[slider.value];
+      return then ? [nats[0], then[1][at], nats[2]] : nats;
+    }
 
     function drawWord(at) {
-      const { text: said, nats } = text.words[at];
+      const { text: said } = text.words[at], nats = natsOf(at);
       let button = buttons[at];
       if (!button) {
         if (!at || /\n/.test(said)) story.append(make("p"));
@@ -109,6 +117,7 @@ export default {
       drawWords();
       panel.replaceChildren();
       back.hidden = text === fable;
+      training.hidden = text !== fable || !moments.length;
     }
 
     function drawWords(until = text.words.length) {
@@ -117,7 +126,8 @@ export default {
     }
 
     function drawLegend() {
-      const known = READERS.map((row, i) => [row, text.words.map(word => word.nats[i]).filter(n => n != null)]);
+      const known = READERS.map((row, i) => [row, text.words.map((_, at) => natsOf(at)[i]).filter(n => n != null)]);
+      step.textContent = moments[slider.value] ? `${moments[slider.value][0]} steps` : "all of its training";
       legend.replaceChildren("Surprise per word, in nats:", ...known.filter(([, nats]) => nats.length).map(([[, label, color], nats]) => {
         const mean = nats.reduce((a, b) => a + b, 0) / nats.length;
         return make("span", {}, make("i", { class: "swatch", style: `background:var(${color})` }), ` ${label}: `,
@@ -127,6 +137,10 @@ export default {
 
     async function choose(at) {
       const mine = ++asked, its = text;
+      if (+slider.value < moments.length) { // what is looked into is the model of now
+        slider.value = moments.length;
+        drawWords();
+      }
       buttons[current]?.setAttribute("tabindex", -1);
       buttons[chosen]?.setAttribute("aria-pressed", "false");
       if (chosen !== at) head = null;
@@ -204,6 +218,11 @@ export default {
       panel.scrollIntoView({ block: "nearest" });
     }
 
+    slider.oninput = () => {
+      panel.replaceChildren();
+      drawWords();
+    };
+
     story.onkeydown = event => {
       const step = { ArrowRight: 1, ArrowDown: 10, ArrowLeft: -1, ArrowUp: -10, Home: -Infinity, End: Infinity }[event.key];
       if (!step) return;
@@ -261,6 +280,6 @@ export default {
 
     drawText();
     el.className = "surprise";
-    el.append(make("style", {}, CSS), make("div", { class: "row" }, begin, tell, back, status), legend, story, panel);
+    el.append(make("style", {}, CSS), make("div", { class: "row" }, begin, tell, back, status), legend, training, story, panel);
   },
 };
