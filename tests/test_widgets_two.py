@@ -3,13 +3,16 @@ import math
 import random
 from dataclasses import replace
 
+import nbformat
 import numpy as np
 import pytest
 import regex
 import torch
 from conftest import ROOT, served
+from nbformat.v4 import new_code_cell, new_notebook
+from test_jupyterlab import KERNEL, lab, start  # noqa: F401  (a fixture)
 from test_site import watched
-from test_widgets import stored
+from test_widgets import site, stored  # noqa: F401  (a fixture)
 
 from tinylm.ablations import Difference
 from tinylm.model import ModelConfig, TransformerLM, flops_per_token, memory_table, parameter_table
@@ -18,7 +21,8 @@ from tinylm.recipe import Muon
 from tinylm.rope import RotaryPositionalEmbedding
 from tinylm.tokenizer import PRETOKEN_PATTERN, train_bpe_naive
 
-WIDGETS = ["bpe", "rope", "calculator", "valley", "learn", "records"]
+PAGES = {"bpe": "00_tokenizer", "rope": "02_rope", "calculator": "03_model", "valley": "04_optim", "learn": "05_train",
+         "records": "06_ablations"}
 
 
 @pytest.fixture(scope="module")
@@ -262,20 +266,33 @@ def drive_learn(page):
 
 
 @pytest.mark.parametrize("width, scheme", [(1300, "light"), (390, "dark")])
-def test_each_widget_reacts(browser, tmp_path, width, scheme):
-    shown = [html for name in WIDGETS for _, html in stored() if f'dataset.live = "{name}"' in html]
-    body = "".join(f"<article>{html}</article>" for html in shown)
-    head = '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head += '<meta name="color-scheme" content="light dark"><style>article { max-width: 860px }</style>'
-    (tmp_path / "index.html").write_text(head + body, encoding="utf-8")
-    with served(tmp_path) as address:
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        faults = watched(page)
-        page.goto(address)
-        page.wait_for_function(f"document.querySelectorAll('[data-live]').length === {len(WIDGETS)}")
-        page.wait_for_timeout(100)
-        for name in WIDGETS:
+def test_each_widget_reacts_on_its_page_of_the_site(browser, site, width, scheme):  # noqa: F811
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    faults = watched(page)
+    with served(site) as address:
+        for name, chapter in PAGES.items():
+            page.goto(f"{address}nbs/{chapter}.html")
+            page.wait_for_selector(f'[data-live="{name}"]')
             globals()[f"drive_{name}"](page)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        page.close()
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+    page.close()
     assert faults == []
+
+
+@pytest.mark.book
+@pytest.mark.timeout(600)
+def test_each_widget_reacts_in_jupyterlab(browser, lab):  # noqa: F811
+    "As its chapter has stored it, shown by a cell that is run there."
+    root, address = lab
+    shown = [html for name in PAGES for _, html in stored() if f'dataset.live = "{name}"' in html]
+    cells = [new_code_cell(f"import IPython.display as show\nshow.HTML({html!r})") for html in shown]
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": KERNEL}), root / "live.ipynb")
+    page = browser.new_page(viewport={"width": 1300, "height": 2400})
+    page.goto(address)
+    page.wait_for_function("window.jupyterapp", timeout=60_000)
+    page.evaluate("Promise.all([jupyterapp.restored, jupyterapp.serviceManager.ready]).then(() => true)")
+    start(page, "live.ipynb")
+    for name in PAGES:
+        page.locator(f'[data-live="{name}"]').scroll_into_view_if_needed(timeout=60_000)
+        globals()[f"drive_{name}"](page)
+    page.close()
