@@ -12,7 +12,7 @@ INTRODUCTION_WORDS = 25  # two sentences: what we build, what it needs, what you
 EXPORTED_RUN = 60  # lines of code of the package in a row with nothing shown
 SILENCE = 15  # cells in a row without an output or a picture
 WIDTH = 88  # columns of code that a page shows without cutting them off
-NOTEBOOK_KB = 340  # loads at once on a phone, with a widget's script and data; a review of it stays readable
+NOTEBOOK_KB = 360  # loads at once on a phone, with a widget's script and data; a review of it stays readable
 OUTPUT_LINES = 40  # a screenful; more is a dump
 PICTURE = re.compile(r"!\[|<svg|<img|```\{mermaid")
 
