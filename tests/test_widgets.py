@@ -249,13 +249,13 @@ def test_the_knobs_of_sampling_react(visit):
     hot = turn(0, "End", 0.99)
     assert float(hot[-1].rstrip("%")) > 50 > float(start[-1].rstrip("%").lstrip("<"))
     assert turn(1, "Home", 0.01)[1:] == ["0"] * 12
-    page.click("button.main") if not by_keyboard else page.locator("button.main").press("Enter")
+    page.click(".sampling button.main") if not by_keyboard else page.locator(".sampling button.main").press("Enter")
     assert page.locator(".drawn").inner_text().split(",")[0] in page.locator(".option span").first.inner_text()
     assert page.locator(".drawn").inner_text().count(",") == 19
     page.click("text=Reset")
     assert shares.all_inner_texts() == start
     cut = turn(2, "Home", 0.01)
-    assert cut[0] == "100.0%" and "1 of 1792" in page.locator(".note.num").inner_text()
+    assert cut[0] == "100.0%" and "1 of 1792" in page.locator(".sampling .note.num").inner_text()
 
 
 LAB = '''from tinylm.widgets import Widget
